@@ -1,0 +1,1 @@
+"""Which trials run where, and how they went: grid, store, executors, tracking, comparison. No tensor code."""

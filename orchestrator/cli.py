@@ -1,0 +1,452 @@
+"""`pift`: plan, launch, status, compare, sample, ui.
+
+Exit codes: 0 all done, 1 a fault of pift's own, 2 bad input or plan, 3 some trials failed, 130 interrupted.
+With --json stdout holds the JSON and nothing else; messages and progress go to stderr.
+
+Everything heavy (hydra, torch, ray, mlflow) is imported by the subcommand that needs it, so `pift --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import UserError
+
+if TYPE_CHECKING:
+    from orchestrator.grid import Plan
+    from orchestrator.ledger import Store
+
+STORE = "store"
+"""The folder of results where no --store is given; conf/config.yaml says the same."""
+
+AXES = ("prompt", "beta", "method", "seed")
+"""The columns that come first in tables."""
+
+OVERRIDES = """\
+OVERRIDES are settings of conf/, in Hydra's grammar; the command line wins over the files:
+  beta=0.1                     one value
+  beta=0.01,0.1,1              several: an axis of the grid; range(0,5) and choice(a,b) work too
+  method=pi_ft,dpok            the files of conf/method/; model= reward= likewise
+  "prompt='a dog, on the moon'"  a free text instead of an id of the prompt set (quote it if it has a comma)
+  sweep=quickstart             a file of conf/sweep/: axes, exclusions, settings per method
+  executor=ray store=/data/me  how it runs, and where the results lie
+  train.gradient_steps=100 sampler.steps=20 lora.rank=8 method.lr=1e-3 eval.every=5 ...
+All settings with their defaults and sources: {conf}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code and never raises."""
+    debug = os.environ.get("PIFT_DEBUG", "") not in ("", "0")
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("pift: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if _is_users(error):
+            return _report(str(error))
+        message = str(error).strip().splitlines()
+        print(f"pift: {type(error).__name__}: {message[0] if message else 'no message'}", file=sys.stderr)
+        print("pift: this is a fault of pift, not of your input; PIFT_DEBUG=1 shows where it happened", file=sys.stderr)
+        return 1
+
+
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, UserError):
+        return True
+    spec = sys.modules.get("workers.spec")
+    return spec is not None and isinstance(error, spec.SpecError)
+
+
+def _report(message: str) -> int:
+    """Problems on stderr, one a line; exit code 2."""
+    lines = message.splitlines() or ["no message"]
+    if len(lines) == 1:
+        print(f"pift: {lines[0]}", file=sys.stderr)
+    else:
+        print(f"pift: {len(lines)} problems", *(f"  - {line}" for line in lines), sep="\n", file=sys.stderr)
+    return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = _parser()
+    try:
+        options, rest = parser.parse_known_args(arguments)
+        unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+        if unknown:
+            parser.error(
+                f"unknown argument {' '.join(unknown)}; see pift {options.command or ''} --help".replace("  ", " ")
+            )
+    except SystemExit as stop:  # argparse has printed its message, or the help
+        return int(stop.code or 0)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if rest:
+        options.overrides += rest
+    return options.run(options)
+
+
+# ---- the subcommands
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print every cell with its state; nothing is written."""
+    from orchestrator.ledger import Store
+
+    with _stdout_kept():
+        grid = _compose(options)
+        store = Store(grid.config["store"])
+        rows = [cell.row() | _progress(store, cell.key) for cell in grid.cells]
+    if options.json:
+        _print_json(grid.sweep, rows)
+    else:
+        _show(_table(f"sweep {grid.sweep}", [name for name, labels in grid.axes.items()], rows))
+        print(f"{_counts_text(rows)}; store {store.root}; executor {grid.config['executor']['name']}")
+        print(f"run them: pift launch {_shell(grid.overrides, options)}".rstrip())
+    return 0
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run every cell that is not done."""
+    if options.dry_run:
+        return plan(options)
+    grid = _compose(options)
+    from orchestrator.launch import launch as run
+
+    return run(grid, json_output=options.json)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print the states of a launched sweep."""
+    store, sweep = _sweep(options)
+    stored = _read_plan(store, sweep)
+    rows = [dict(cell) | _progress(store, cell["key"]) for cell in stored["cells"]]
+    if options.json:
+        _print_json(sweep, rows)
+    else:
+        axes = sorted(stored["axes"], key=lambda name: AXES.index(name) if name in AXES else len(AXES))
+        _show(_table(f"sweep {sweep}", axes, rows))
+        print(f"{_counts_text(rows)}; store {store.root}")
+        for row in rows:
+            if row["message"]:
+                first = str(row["message"]).splitlines()[0]
+                print(f"  {row['key']} {row['state']} ({row['class']}): {first}")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Write the report of a sweep and print its table."""
+    store, sweep = _sweep(options)
+    _read_plan(store, sweep)
+    from orchestrator.compare import compare as make
+
+    with _stdout_kept():
+        report = make(store, sweep, options.out)
+    _show(report.table)
+    print(f"report {report.html}")
+    print(f"numbers {report.csv}")
+    return 0
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Draw pictures from a trained adapter beside the pre-trained model."""
+    store = _store(options)
+    from orchestrator.sample import sample as draw
+
+    for path in draw(store, options.key, options.n, options.out):
+        print(path)
+    return 0
+
+
+def ui(options: argparse.Namespace) -> int:
+    """Open the MLflow server on the store."""
+    from orchestrator.ui import serve
+
+    return serve(_store(options), options.port)
+
+
+# ---- what they share
+
+
+def _compose(options: argparse.Namespace) -> Plan:
+    from orchestrator.grid import compose
+
+    return compose(options.overrides, [*(options.conf_before or []), *(options.conf or [])])
+
+
+@contextlib.contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """Whatever a library prints goes to stderr: stdout is for the answer."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _store(options: argparse.Namespace) -> Store:
+    from orchestrator.ledger import Store
+
+    if not options.store.is_dir():
+        raise UserError(f"--store {options.store} is not a folder; name the one that a launch wrote to (its store=...)")
+    return Store(options.store)
+
+
+def _sweep(options: argparse.Namespace) -> tuple[Store, str]:
+    """The store and the sweep that is meant: the one named, else the newest."""
+    store = _store(options)
+    known = store.sweeps()
+    if not known:
+        raise UserError(f"--store {store.root} holds no sweep; launch one first, as in pift launch sweep=quickstart")
+    if options.sweep is None:
+        return store, known[-1]
+    if options.sweep not in known:
+        from orchestrator.overrides import close
+
+        raise UserError(
+            f"sweep {options.sweep} is not in {store.root}; it holds {', '.join(known)}{close(options.sweep, known)}"
+        )
+    return store, options.sweep
+
+
+def _read_plan(store: Store, sweep: str) -> dict[str, Any]:
+    from workers.store import read_json
+
+    path = store.sweep(sweep).plan
+    try:
+        stored = read_json(path)
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict) or not {"axes", "cells"} <= set(stored):
+        raise UserError(f"{path} is not a plan; write it anew with the launch that made it")
+    return stored
+
+
+def _progress(store: Store, key: str) -> dict[str, Any]:
+    from orchestrator.ledger import detail, state
+
+    folder = store.trial(key)
+    return {"state": state(folder)} | detail(folder)
+
+
+def _print_json(sweep: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    counts = dict(Counter(row["state"] for row in rows))
+    print(json.dumps({"sweep": sweep, "cells": rows, "counts": counts}, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _show(table: Any) -> None:
+    """Print a table or a text on stdout; not cut to a terminal's width where there is none."""
+    from rich.console import Console
+
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+
+
+def _table(title: str, axes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in ("key", *axes, "state", "step"):
+        table.add_column(name, justify="right" if name == "step" else "left", no_wrap=name in ("key", "state", "step"))
+    for row in rows:
+        cells = [row["key"], *(_shown(row.get(name)) for name in axes), row["state"]]
+        step = "" if row["step"] is None else f"{row['step']}" + (f"/{row['steps']}" if row["steps"] else "")
+        table.add_row(*(Text(text) for text in (*cells, step)))
+    return table
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _counts_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    counts = Counter(row["state"] for row in rows)
+    return f"{len(rows)} cell{'s' if len(rows) != 1 else ''}: " + ", ".join(
+        f"{number} {name}" for name, number in counts.items()
+    )
+
+
+def _shell(overrides: Sequence[str], options: argparse.Namespace) -> str:
+    """The arguments as they would be typed again."""
+    import shlex
+
+    folders = [*(options.conf_before or []), *(options.conf or [])]
+    return shlex.join([word for folder in folders for word in ("--conf", str(folder))] + list(overrides))
+
+
+# ---- the parser
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("pift")
+        except PackageNotFoundError:
+            number = "(not installed: run from its folder)"
+        print(f"pift {number}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pift",
+        description="Fine-tune diffusion models by reward: a grid of prompts, betas, methods, seeds; run and compared.",
+        epilog="""\
+first steps:
+  pift plan sweep=quickstart       what would run (writes nothing)
+  pift launch sweep=quickstart     run it: minutes on two cores; launch again and only what is missing runs
+  pift compare                     curves, pictures and a table of the newest sweep
+  pift ui                          the same runs in MLflow
+Each subcommand explains itself: pift launch --help
+exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 130 interrupted
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--conf", dest="conf_before", metavar="DIR", type=Path, action="append", help=_CONF)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="subcommands")
+    _add_plan(commands)
+    _add_launch(commands)
+    _add_status(commands)
+    _add_compare(commands)
+    _add_sample(commands)
+    _add_ui(commands)
+    return parser
+
+
+_CONF = "a conf folder of your own, searched before the shipped one: a method, reward or prompt set is one YAML there"
+
+
+def _add(commands: Any, name: str, run: Any, summary: str, text: str, examples: str) -> argparse.ArgumentParser:
+    """A subcommand whose help has a text and examples."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=text,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _conf_text() -> str:
+    from orchestrator.conf_tree import conf_dir
+
+    try:
+        return str(conf_dir())
+    except UserError:
+        return "conf/"
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"{parser.epilog}\n{OVERRIDES.format(conf=_conf_text())}"
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDES", help="settings, key=value or key=a,b (see below)")
+    parser.add_argument("--conf", metavar="DIR", type=Path, action="append", help=_CONF)
+
+
+def _add_store(parser: argparse.ArgumentParser, sweep: bool) -> None:
+    if sweep:
+        parser.add_argument(
+            "sweep", nargs="?", metavar="SWEEP", help="a sweep of the store; the newest where none is named"
+        )
+    parser.add_argument(
+        "--store", metavar="DIR", type=Path, default=Path(STORE), help="the folder of results (default: store)"
+    )
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add(
+        commands, "plan", plan, "what a launch would run, cell by cell; writes nothing",
+        "Resolve the grid, check every cell, and print each with its state in the store: new, resumable, running,\n"
+        "stale (its process died; a launch continues it), done, failed or diverged.",
+        "  pift plan sweep=quickstart\n  pift plan method=pi_ft,dpok beta=0.01,0.1,1\n"
+        "  pift plan --conf my_conf method=mine prompts=my_set prompt=first\n"
+        "  pift plan sweep=quickstart --json | jq .counts\n",
+    )  # fmt: skip
+    _add_overrides(parser)
+    parser.add_argument(
+        "--json", action="store_true", help='{"sweep", "cells": [...], "counts"} on stdout and nothing else'
+    )
+
+
+def _add_launch(commands: Any) -> None:
+    parser = _add(
+        commands, "launch", launch, "run every cell that is not done, then compare",
+        "Run the grid. A trial is named by its content: what is done stays done, what was cut off continues, and only\n"
+        "cells you changed or added run. Ctrl-C stops in order: trials write a checkpoint, the same command goes on.",
+        "  pift launch sweep=quickstart                 minutes on two cores\n"
+        "  pift launch sweep=four_prompts seed=0,1      the sweep's cells, with two seeds\n"
+        "  pift launch beta=0.1 executor=inline         one trial in this process, for a debugger\n"
+        "  pift launch sweep=quickstart executor=ray executor.address=auto tracking.uri=http://host:5000   a cluster\n",
+    )  # fmt: skip
+    _add_overrides(parser)
+    parser.add_argument("--dry-run", action="store_true", help="the same as pift plan")
+    parser.add_argument("--json", action="store_true", help="the end states as JSON on stdout and nothing else")
+
+
+def _add_status(commands: Any) -> None:
+    parser = _add(
+        commands, "status", status, "how the trials of a launched sweep are doing",
+        "The state and step of every cell of a sweep in the store, with the reason where one failed.",
+        "  pift status\n  pift status quickstart --json\n",
+    )  # fmt: skip
+    _add_store(parser, sweep=True)
+    parser.add_argument("--json", action="store_true", help="as for plan")
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add(
+        commands, "compare", compare, "reward and KL curves, pictures and a table of a sweep, as one HTML file",
+        "Compare the finished cells of a sweep: one self-contained HTML file and a CSV, and the table here.",
+        "  pift compare\n  pift compare four_prompts --out report\n",
+    )  # fmt: skip
+    _add_store(parser, sweep=True)
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the report goes (default: the sweep's folder)")
+
+
+def _add_sample(commands: Any) -> None:
+    parser = _add(
+        commands, "sample", sample, "pictures from a trained adapter beside the pre-trained model",
+        "Draw pictures from the adapter of a trial and from the pre-trained model, on the same noise.",
+        "  pift sample 3f0c91 --n 8 --out pictures      the first digits of a key do (pift status lists the keys)\n",
+    )  # fmt: skip
+    parser.add_argument("key", metavar="KEY", help="the trial's key, or its first digits")
+    parser.add_argument("--n", type=int, default=8, help="how many (default: 8)")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("samples"), help="folder (default: samples)")
+    _add_store(parser, sweep=False)
+
+
+def _add_ui(commands: Any) -> None:
+    parser = _add(
+        commands, "ui", ui, "look at the store in MLflow's web page",
+        "Start the MLflow server on the store's own database, on this machine only, until Ctrl-C.",
+        "  pift ui\n  pift ui --port 5001 --store /data/me\n",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=5000, help="default: 5000")
+    _add_store(parser, sweep=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

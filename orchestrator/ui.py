@@ -1,0 +1,136 @@
+"""`pift ui`: MLflow's own server on the store's database, for this machine only, in the foreground until Ctrl-C.
+
+    pift ui --store store --port 5000
+
+One worker and no job executor: half a gigabyte of memory instead of two. The server reads pictures and reports
+straight from <store>/mlartifacts, where the launches put them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from orchestrator.errors import UserError
+from orchestrator.ledger import Store
+from orchestrator.tracking import EXPERIMENT
+
+HOST = "127.0.0.1"
+START_SECONDS = 120.0
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def serve(store: Store, port: int = 5000, experiment: str = EXPERIMENT) -> int:
+    """Run the server until Ctrl-C; the exit code. Raises UserError without a database, or where the port is taken."""
+    database = store.root / "mlflow.db"
+    if not database.is_file():
+        raise UserError(
+            f"--store {store.root} has no mlflow.db: launch a sweep first, as in pift launch sweep=quickstart "
+            "(with tracking.uri set to a server, look there)"
+        )
+    check_port(port)
+    environment = os.environ | ENVIRONMENT
+    server = subprocess.Popen(command(database, port), env=environment, stdout=sys.stderr, start_new_session=True)
+    try:
+        with _signals_as_interrupt():
+            if not _wait_until_up(server, port):
+                return server.wait()
+            print(f"MLflow on {store.root}: {_link(database, port, experiment)}", flush=True)
+            print("Ctrl-C ends it", file=sys.stderr, flush=True)
+            return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _end(server)
+
+
+def command(database: Path, port: int) -> list[str]:
+    """The server's command line."""
+    artifacts = (database.parent / "mlartifacts").as_uri()
+    return [
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{database}"),
+        *("--default-artifact-root", artifacts, "--artifacts-destination", artifacts, "--serve-artifacts"),
+        *("--allowed-hosts", "localhost:*,127.0.0.1:*"),
+        *("--uvicorn-opts", "--log-level warning"),
+    ]
+
+
+def check_port(port: int) -> None:
+    """Raises UserError when nobody may listen there."""
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port} is not a port; write for example --port 5000")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            other = port + 1 if port < 65535 else 5001
+            raise UserError(f"--port {port} cannot be used: {error.strerror}; try --port {other}") from error
+
+
+def _wait_until_up(server: subprocess.Popen[bytes], port: int) -> bool:
+    """True when the server answers; False when it ended instead."""
+    deadline = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    return server.poll() is None
+
+
+def _link(database: Path, port: int, experiment: str) -> str:
+    """The address of the experiment's page."""
+    import sqlite3
+
+    base = f"http://{HOST}:{port}/"
+    try:
+        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+        try:
+            found = connection.execute(
+                "select experiment_id from experiments where name = ? and lifecycle_stage = 'active'", (experiment,)
+            ).fetchone()
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return base
+    return f"{base}#/experiments/{found[0]}/runs" if found else base
+
+
+class _signals_as_interrupt:
+    """Inside the block SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell script started us."""
+
+    def __enter__(self) -> None:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, signal.default_int_handler) for number in numbers}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """Stop the server with its workers, which are in a group of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if server.poll() is not None:
+            return
+        try:
+            os.killpg(server.pid, number)
+            server.wait(10)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue

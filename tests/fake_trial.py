@@ -1,0 +1,106 @@
+"""A `run_trial` that trains nothing but writes everything the contract asks for: the tests of the driver run it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workers.recorder import Journal
+from workers.spec import Evaluation, Lora, Sampler, Train, TrialSpec
+from workers.store import TrialFolder, write_json, write_whole
+
+TARGET = f"{__name__}.run_trial"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    state: str
+    step: int
+    message: str | None = None
+
+
+def spec(seed: int = 0, beta: float = 0.1, steps: int = 4, **method: Any) -> TrialSpec:
+    """A spec whose method settings tell the fake trial what to do: fail_at, diverge_at, die_at, seconds (per step)."""
+    component = {"_target_": "nowhere.Nothing", "name": "fake"}
+    return TrialSpec(
+        prompt="a green rabbit",
+        prompt_id="colour",
+        beta=beta,
+        beta_schedule="constant",
+        seed=seed,
+        model=component,
+        reward=component,
+        judge=None,
+        method={"_target_": "nowhere.Method", "name": "pi_ft", **method},
+        sampler=Sampler(steps=8, eta=1.0, guidance_scale=1.0),
+        lora=Lora(rank=2, alpha=2.0, targets="attention"),
+        train=Train(gradient_steps=steps, trajectories=2, micro_batch=2, checkpoint_every=2),
+        eval=Evaluation(every=2, samples=2, pictures=1),
+    )
+
+
+def run_trial(
+    spec: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    should_stop: Callable[[], bool] | None = None,
+    attempt: int = 1,
+) -> Outcome:
+    """Journal one record per step, resume from the checkpoint's step, end as the method's settings say."""
+    where, method, total = TrialFolder(Path(folder)), spec["method"], spec["train"]["gradient_steps"]
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    journal = Journal(where.journal)
+    first = int(where.checkpoint.read_text()) if where.checkpoint.exists() else 0
+    beat = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.time(),
+        "attempt": attempt,
+        "steps": total,
+    }
+    for step in range(first, total + 1):
+        write_json(where.running, beat | {"beat": time.time(), "step": step})
+        if method.get("die_at") == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for kind, when in (("bug", "fail_at"), ("diverged", "diverge_at")):
+            if method.get(when) == step:
+                return _failed(where, kind, step)
+        journal.write(step, _metrics(spec, step), pictures=_picture(where, step) if step % 2 == 0 else None)
+        if should_stop is not None and should_stop():
+            where.checkpoint.write_text(str(step))
+            where.running.unlink()
+            return Outcome("stopped", step)
+        time.sleep(method.get("seconds", 0))
+    where.adapter.mkdir(exist_ok=True)
+    (where.adapter / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    write_json(where.done, {"key": where.root.name, "steps": total, "attempt": attempt, "final": _metrics(spec, total)})
+    where.running.unlink()
+    return Outcome("done", total)
+
+
+def _metrics(spec: Mapping[str, Any], step: int) -> dict[str, float]:
+    found = {"train/loss": spec["beta"] / (step + 1), "train/reward_mean": 0.1 * step + spec["seed"]}
+    return found | ({"eval/reward_mean": 0.2 * step, "eval/kl_path_nats": 1.0 * step} if step % 2 == 0 else {})
+
+
+def _picture(where: TrialFolder, step: int) -> str:
+    from PIL import Image
+
+    path = where.picture(step)
+    write_whole(path, lambda temporary: Image.new("RGB", (64, 32), (step, 0, 0)).save(temporary, format="PNG"))
+    return str(path.relative_to(where.root))
+
+
+def _failed(where: TrialFolder, kind: str, step: int) -> Outcome:
+    failure = {"key": where.root.name, "class": kind, "message": "asked to fail", "traceback": "", "step": step}
+    write_json(where.failed, failure | {"failed_at": time.time()})
+    where.running.unlink()
+    return Outcome("diverged" if kind == "diverged" else "failed", step, "asked to fail")

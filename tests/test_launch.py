@@ -1,0 +1,273 @@
+"""Launching: the same store from either executor, exit codes, MLflow's states, interruptions, nothing half-written.
+
+The trials are tests/fake_trial.py: they write what a trial writes and train nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tests.fake_trial as fake
+from orchestrator import executors, ledger, tracking
+from orchestrator import launch as launching
+from orchestrator.errors import UserError
+from orchestrator.executors import Job, Outcome
+from orchestrator.executors.inline import Inline
+from orchestrator.grid import Cell, Plan
+from orchestrator.launch import launch
+from orchestrator.ledger import Store
+from orchestrator.tracking import mlflow_view
+from workers.spec import TrialSpec
+from workers.store import read_json, write_json
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow_view._create_database(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.monitor.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("orchestrator.monitor.FORWARD_SECONDS", 0.05)
+
+
+def plan(store: Path, *specs: TrialSpec, executor: str = "inline", sweep: str = "tried", **config: Any) -> Plan:
+    fixed = {"prompt": "colour", "beta": 0.1, "method": "pi_ft"}
+    cells = [Cell(one.key, one, fixed | {"seed": one.seed}) for one in specs]
+    axes = {name: [value] for name, value in fixed.items()} | {"seed": [one.seed for one in specs]}
+    settings = {
+        "executor": {"name": executor},
+        "tracking": None,
+        "resources": {"cpu": 1, "gpu": 0, "threads": 1},
+        "store": str(store),
+    }
+    return Plan(sweep, axes, cells, settings | config)
+
+
+def with_mlflow(store: Path, database: Path) -> dict[str, Any]:
+    store.mkdir(parents=True, exist_ok=True)
+    shutil.copy(database, store / "mlflow.db")
+    return {"tracking": {"name": "mlflow", "uri": None}}
+
+
+def runs(store: Path) -> dict[str, Any]:
+    """{label: run} of everything in the store's MLflow."""
+    client = mlflow_view.MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
+    experiment = client.get_experiment_by_name("pift")
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def measured(store: Path) -> dict[str, Any]:
+    """The content of a store but for clocks: {key: (state, journal)}."""
+    found = {}
+    for folder in sorted((store / "trials").iterdir()):
+        trial = Store(store).trial(folder.name)
+        lines = trial.journal.read_text().splitlines() if trial.journal.exists() else []
+        records = [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+        found[folder.name] = (ledger.state(trial), records)
+    return found
+
+
+def test_all_done(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, specs = tmp_path / "store", [fake.spec(seed=seed) for seed in range(2)]
+    config = with_mlflow(store, database)
+    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 0
+    said = capsys.readouterr()
+    assert f"pift ui --store {store}" in said.out
+    assert "report.html" in said.out
+    assert ": done" in said.err
+    found = runs(store)
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert set(found) == {"tried", *(spec.label for spec in specs)}
+    parent = found["tried"].info.run_id
+    assert all(found[spec.label].data.tags["mlflow.parentRunId"] == parent for spec in specs)
+    written = read_json(Store(store).sweep("tried").plan)
+    assert [cell["key"] for cell in written["cells"]] == [spec.key for spec in specs]
+    assert set(written["specs"]) == {spec.key for spec in specs}
+
+    journals = measured(store)
+    assert launch(plan(store, *specs, executor="ray", **config), target=fake.TARGET, json_output=True) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["counts"], result["exit_code"]) == ({"done": 2}, 0)
+    assert measured(store) == journals  # nothing ran again, and Ray was not started for it
+    assert {name: run.info.run_id for name, run in runs(store).items()} == {
+        name: run.info.run_id for name, run in found.items()
+    }
+
+
+def test_scheduled_is_seen_before_the_first_trial(tmp_path: Path, database: Path, monkeypatch: Any) -> None:
+    store, seen = tmp_path / "store", []
+
+    def looked(self: Inline, jobs: Any, on_outcome: Any) -> None:
+        seen.extend(run.info.status for run in runs(store).values())
+
+    monkeypatch.setattr(Inline, "run", looked)
+    config = with_mlflow(store, database)
+    assert launch(plan(store, fake.spec(), fake.spec(seed=1), **config), target=fake.TARGET) == 3
+    assert sorted(seen) == ["RUNNING", "SCHEDULED", "SCHEDULED"]  # the sweep's own run is the one at work
+
+
+def test_failures_are_left_and_retried_when_asked(tmp_path: Path, database: Path, capsys: Any) -> None:
+    store = tmp_path / "store"
+    specs = [fake.spec(seed=0, fail_at=2), fake.spec(seed=1, diverge_at=1), fake.spec(seed=2)]
+    config = with_mlflow(store, database)
+    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 3
+    said = capsys.readouterr().err
+    assert "failed: " in said and "diverged: " in said and "retry_failed=true" in said
+    statuses = {name: run.info.status for name, run in runs(store).items()}
+    assert sorted(statuses.values()) == ["FAILED", "FAILED", "FAILED", "FINISHED"]
+    assert statuses["tried"] == "FAILED"
+
+    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 3
+    assert read_json(ledger.attempt_file(Store(store).trial(specs[0].key))) == {"attempt": 1}
+    assert launch(plan(store, *specs, **config, retry_failed=True), target=fake.TARGET) == 3
+    assert read_json(ledger.attempt_file(Store(store).trial(specs[0].key))) == {"attempt": 2}
+    assert read_json(ledger.attempt_file(Store(store).trial(specs[2].key))) == {"attempt": 1}
+    assert (Store(store).trial(specs[0].key).root / "failures" / "attempt_1.json").exists()
+
+
+def test_a_target_that_cannot_be_imported_is_a_failed_trial(tmp_path: Path) -> None:
+    spec = fake.spec()
+    assert launch(plan(tmp_path, spec), target="tests.nowhere.run_trial") == 3
+    assert "nowhere" in read_json(Store(tmp_path).trial(spec.key).failed)["message"]
+
+
+def test_interrupted_and_continued(tmp_path: Path, database: Path) -> None:
+    store, specs = tmp_path / "store", [fake.spec(seed=0, steps=60, seconds=0.05), fake.spec(seed=1)]
+    config = with_mlflow(store, database)
+    trial = Store(store).trial(specs[0].key)
+
+    def interrupt() -> None:
+        while (read_json(trial.running) or {}).get("step", 0) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 130
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert ledger.state(trial) == "resumable"
+    assert not Store(store).sweep("tried").stop.exists()
+    assert {run.info.status for run in runs(store).values()} == {"KILLED"}
+
+    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 0
+    assert [record["step"] for record in measured(store)[specs[0].key][1]] == list(range(61))
+    assert read_json(ledger.attempt_file(trial)) == {"attempt": 2}
+    assert {run.info.status for run in runs(store).values()} == {"FINISHED"}
+
+
+def test_a_trial_at_work_elsewhere_is_left_alone(tmp_path: Path, capsys: Any) -> None:
+    spec = fake.spec()
+    folder = Store(tmp_path).trial(spec.key)
+    beat = {"pid": 1, "host": "another", "started": 0, "beat": time.time(), "step": 1, "attempt": 1, "steps": 4}
+    write_json(folder.running, beat)
+    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 3
+    assert "running elsewhere" in capsys.readouterr().err
+    assert not folder.journal.exists()
+
+
+class Flaky(tracking.NoView):
+    """A tracker that dies while the trials run, and is back at the end."""
+
+    def __init__(self) -> None:
+        self.calls, self.closed = 0, False
+
+    def forward(self) -> int:
+        self.calls += 1
+        raise ConnectionError("server gone")
+
+    def close(self, states: Any, *, interrupted: bool = False) -> None:
+        self.closed = True
+
+
+def test_a_dying_tracker_stops_nothing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    view = Flaky()
+    monkeypatch.setattr(tracking, "open_view", lambda *_: view)
+    assert launch(plan(tmp_path, fake.spec(steps=20, seconds=0.02)), target=fake.TARGET) == 0
+    assert view.closed and view.calls >= 1
+    assert capsys.readouterr().err.count("MLflow does not answer (server gone)") == 1
+
+
+def test_a_dead_tracker_does_not_hide_the_result(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    view = Flaky()
+    view.close = view.log_report = lambda *_, **__: view.forward()  # type: ignore[assignment, method-assign]
+    monkeypatch.setattr(tracking, "open_view", lambda *_: view)
+    monkeypatch.setattr(launching, "CLOSE_SECONDS", 0.0)
+    assert launch(plan(tmp_path, fake.spec()), target=fake.TARGET) == 0
+    assert "the runs in MLflow are not closed (server gone)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store": "/proc/pift"}, "store=/proc/pift cannot be written"),
+        ({"tracking": {"name": "mlflow", "uri": "http://127.0.0.1:9"}}, "tracking.uri='http://127.0.0.1:9'"),
+        ({"tracking": {"name": "mlflow", "uri": "nonsense"}}, "tracking.uri='nonsense'"),
+        ({"executor": {"name": "slurm"}}, "executor='slurm'"),
+        ({"resources": {"cpu": -1}}, "resources.cpu=-1"),
+        ({"resources": {"gpu": 1.5}}, "resources.gpu=1.5"),
+        ({"resources": {"threads": 0}}, "resources.threads=0"),
+    ],
+)
+def test_bad_places_are_refused_before_anything_is_written(tmp_path: Path, changes: Any, message: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(UserError, match=message):
+        grid = plan(tmp_path / "store", fake.spec())
+        grid.config.update(changes)
+        launch(grid, target=fake.TARGET)
+    assert list(tmp_path.iterdir()) == []
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_store(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    """One Ray session for all: equal journals, a failing trial, a killed process, code in a folder of the user's."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "user_trial.py").write_text("from tests.fake_trial import run_trial\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "mine"))
+    specs = [fake.spec(seed=seed, seconds=0.02) for seed in range(3)]
+    specs += [fake.spec(seed=3, fail_at=2), fake.spec(seed=4, die_at=2)]
+    assert launch(plan(tmp_path / "ray", *specs, executor="ray"), target="user_trial.run_trial") == 3
+    said = capfd.readouterr()
+    assert "raylet" not in said.out + said.err and "Traceback" not in said.err
+    died = Store(tmp_path / "ray").trial(specs[4].key)
+    assert read_json(died.failed)["class"] == "worker_died"
+    assert not died.running.exists()
+
+    assert launch(plan(tmp_path / "inline", *specs[:4]), target=fake.TARGET) == 3
+    by_ray, inline = measured(tmp_path / "ray"), measured(tmp_path / "inline")
+    assert by_ray.pop(specs[4].key)[0] == "failed"
+    assert by_ray == inline
+    assert "user_trial" not in sys.modules
+
+
+def test_inline_stops_between_trials(tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    executor = executors.make({"executor": "inline"}, stop=stop, target=fake.TARGET)
+    seen: list[tuple[str, Outcome]] = []
+
+    def stop_now(key: str, outcome: Outcome) -> None:
+        seen.append((key, outcome))
+        stop.touch()
+
+    jobs = [Job(spec.key, spec.to_dict(), tmp_path / spec.key) for spec in (fake.spec(), fake.spec(seed=1))]
+    for job in jobs:
+        job.folder.mkdir()
+    with executor:
+        executor.run(jobs, stop_now)
+    assert seen == [(jobs[0].key, Outcome("done", 4))]

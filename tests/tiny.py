@@ -1,0 +1,126 @@
+"""A tiny Stable-Diffusion-format checkpoint with random weights, made on the spot: real classes, quick passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WORDS = ("a", "green", "rabbit", "cat", "dog")
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json, 4x4x4 latents, 8x8 pictures."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4, sample_size=8, scaling_factor=1.0,
+    )  # fmt: skip
+    letters = sorted({letter for word in WORDS for letter in word})
+    pieces = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = folder / "vocabulary"
+    vocabulary.mkdir(parents=True)
+    (vocabulary / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (vocabulary / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(vocabulary / "vocab.json"), str(vocabulary / "merges.txt"), model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(pieces), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        unet=unet, vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+class Brightness:
+    """A smooth reward: how green the picture is, against red."""
+
+    differentiable = True
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 3 * (images[:, 1] - images[:, 0]).tanh().flatten(1).mean(1) + images[:, 2].square().flatten(1).mean(1)
+
+
+class BlackBox:
+    """The same number, without a gradient."""
+
+    differentiable = False
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.inner = Brightness(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.inner(images, prompts)
+
+
+METHODS = {
+    "pi_ft": {
+        "_target_": "workers.methods.pi_ft.PIFT", "name": "pi_ft", "lr": 1e-3, "estimator": "pathwise",
+        "inner_steps": 1,
+        "weight_decay": 0.0, "max_grad_norm": None,
+    },
+    "dpok": {
+        "_target_": "workers.methods.dpok.DPOK", "name": "dpok", "lr": 1e-3, "inner_steps": 2, "batch": 8, "buffer": 40,
+        "reward_weight": 10.0, "clip_nats": 1.6, "kl": "nats", "future_kl": False, "baseline": "value",
+        "value_lr": 1e-4,
+        "value_steps": 2, "value_batch": 8, "value_width": 16, "weight_decay": 0.0, "max_grad_norm": 0.1,
+    },
+}  # fmt: skip
+
+
+def spec(
+    path: Path, method: str = "pi_ft", *, reward: str = "Brightness", dtype: str = "fp32", **changes: object
+) -> dict:
+    """A TrialSpec as a plain mapping on the tiny checkpoint; `changes` are dotted keys with __ for the dot."""
+    values: dict = {
+        "prompt": "a green rabbit", "prompt_id": "rabbit", "beta": 0.3, "beta_schedule": "constant", "seed": 0,
+        "model": {"_target_": "workers.models.diffusion.DiffusionModel", "name": "tiny", "path": str(path),
+                  "revision": None,
+                  "dtype": dtype},
+        "reward": {"_target_": f"tests.tiny.{reward}", "name": reward},
+        "judge": {"_target_": "tests.tiny.Brightness", "name": "judge"},
+        "method": dict(METHODS[method]),
+        "sampler": {"steps": 4, "eta": 1.0, "guidance_scale": 1.0},
+        "lora": {"rank": 2, "alpha": 2, "targets": "all"},
+        "train": {"gradient_steps": 4, "trajectories": 4, "micro_batch": 8, "checkpoint_every": 2},
+        "eval": {"every": 2, "samples": 4, "pictures": 2},
+    }  # fmt: skip
+    for name, value in changes.items():
+        group, _, key = name.partition("__")
+        if key:
+            values[group][key] = value
+        else:
+            values[group] = value
+    return values
+
+
+_MADE: dict[Path, Path] = {}
+
+
+def checkpoint(base: Path) -> Path:
+    """`save_checkpoint` under `base` (pytest's `tmp_path_factory.getbasetemp()`), once in a process."""
+    if base not in _MADE:
+        _MADE[base] = save_checkpoint(base / "tiny")
+    return _MADE[base]

@@ -1,0 +1,1 @@
+"""Runs one trial: no Ray, no MLflow, no Hydra here."""

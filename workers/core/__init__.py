@@ -1,0 +1,1 @@
+"""The control mathematics of reward fine-tuning; imports torch and nothing else."""

@@ -1,0 +1,104 @@
+"""Evaluation on fixed noise: the same pictures for every cell of a prompt, at every step of training.
+
+Picture i of a prompt has its own generator, seeded from (prompt, i) alone: initial latent and all the chain's noise. So
+cells that differ in method, beta or seed start from the same pictures and can be compared picture by picture, and
+picture i does not change with the number of pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.generators import derived_seed
+from workers.methods import finite
+from workers.rollout import Model, Reward, rollout
+from workers.store import write_whole
+
+
+@dataclass(frozen=True)
+class Noise:
+    """y0 (n, *latent) and W (T, n, *latent), float32."""
+
+    y0: Tensor
+    W: Tensor
+
+
+def fixed_noise(prompt: str, n: int, T: int, latent_shape: tuple[int, ...]) -> Noise:
+    """The evaluation noise of a prompt, n pictures."""
+    each = []
+    for i in range(n):
+        generator = torch.Generator().manual_seed(derived_seed("evaluation", prompt, i))
+        each.append(torch.randn((T + 1, *latent_shape), generator=generator))
+    noise = torch.stack(each, 1)
+    return Noise(y0=noise[0], W=noise[1:])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: metrics by name, one number per picture by name, and the pictures (n, 3, H, W) in [0, 1]."""
+
+    metrics: dict[str, float]
+    samples: dict[str, list[float]]
+    images: Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model, reward: Reward, judge: Reward | None, prompt: str, beta: Tensor, noise: Noise, batch: int
+) -> Evaluation:
+    """Sample the present control on `noise` (`batch` pictures at a time) and measure it; meanings: workers/recorder.py.
+
+    The KL is computed where it is sampled, control and pre-trained control on the same batch, so that an untrained
+    adapter has a KL of exactly 0. Raises NotFinite when a reward or a KL is not.
+    """
+    n, T = noise.y0.shape[0], model.chain.T
+    kls = torch.zeros(T, n, device=model.device, dtype=model.dtype)
+
+    def measure(k: int, rows: slice, y: Tensor, u: Tensor) -> None:
+        kls[k, rows] = model.chain.step_kl(k, u, model.control(k, y, adapted=False))
+
+    final = rollout(model, noise.y0, noise.W, batch, each=measure).y[-1]
+    images = torch.cat([model.decode(part) for part in final.split(batch)])
+    rewards = _score(reward, images, prompt, batch)
+    kls = finite("the path KL", kls).double().cpu()
+    objective = rewards - (beta[:, None] * kls).sum(0)
+    samples = {"reward": rewards, "kl_path_nats": kls.sum(0)}
+    metrics = {
+        "eval/reward_mean": rewards.mean(),
+        "eval/reward_sem": rewards.std() / n**0.5,
+        "eval/kl_path_nats": kls.sum(0).mean(),
+        "eval/objective": objective.mean(),
+        "eval/diversity": diversity(images),
+    }
+    if judge is not None:
+        samples["judge"] = _score(judge, images, prompt, batch)
+        metrics["eval/judge_mean"] = samples["judge"].mean()
+    metrics |= {f"eval/kl_step/{k:02d}": kls[k].mean() for k in range(T)}
+    return Evaluation(
+        metrics={name: float(value) for name, value in metrics.items()},
+        samples={name: [float(f"{value:.9g}") for value in values.tolist()] for name, values in samples.items()},
+        images=images,
+    )
+
+
+def _score(reward: Reward, images: Tensor, prompt: str, batch: int) -> Tensor:
+    """Rewards (n,), float64 on the CPU."""
+    parts = [reward(part, [prompt] * len(part)) for part in images.split(batch)]
+    return finite("the reward", torch.cat(parts)).double().cpu()
+
+
+def diversity(images: Tensor) -> Tensor:
+    """Mean over the n (n - 1) / 2 pairs of pictures of their root-mean-square pixel difference."""
+    return torch.pdist(images.flatten(1).double()).mean() / images[0].numel() ** 0.5
+
+
+def save_strip(images: Tensor, path: Path) -> None:
+    """Write pictures (n, 3, H, W) in [0, 1] side by side as one PNG, whole or not at all."""
+    from PIL import Image
+
+    strip = torch.cat(list(images), 2).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    write_whole(path, lambda temporary: Image.fromarray(strip).save(temporary, format="PNG"))

@@ -1,0 +1,1 @@
+"""Models a trial can fine-tune, one file or folder each."""

@@ -1,0 +1,1 @@
+"""Rewards, one file each: (images, prompts) -> one number per image."""

@@ -1,0 +1,157 @@
+"""Trajectories of the controlled chain, and the budget they cost.
+
+Problem        what a method works on: model, reward, chain, beta_k, generators, budget
+Trajectories   the sampled chains, float32, generation order
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from workers.core.chain import Chain
+from workers.generators import Generators
+
+
+class Model(Protocol):
+    """What a method needs of a model; workers.models.diffusion.DiffusionModel is the main one."""
+
+    chain: Chain
+    latent_shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    forwards: int
+
+    def control(self, k: int | Tensor, y: Tensor, adapted: bool = True) -> Tensor: ...
+    def decode(self, y: Tensor) -> Tensor: ...
+    def parameters(self) -> list[nn.Parameter]: ...
+
+
+class Reward(Protocol):
+    """Pictures (B, 3, H, W) in [0, 1] and their prompts to rewards (B,)."""
+
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+@dataclass
+class Budget:
+    """What training has cost so far; evaluation is not counted. Meanings: workers/recorder.py."""
+
+    reward_queries: int = 0
+    transition_gradients: int = 0
+    model_forwards: int = 0
+    seconds: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        return {f"budget/{name}": float(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N chains of T transitions."""
+
+    y: Tensor
+    """(T + 1, N, *latent): the states."""
+    W: Tensor
+    """(T, N, *latent): the noise of each transition."""
+    u: Tensor
+    """(T, N, *latent): the control at y[k]."""
+
+
+@dataclass
+class Problem:
+    """One trial's control problem: maximise J = E[ r(Y_T) - sum_k beta_k step KL_k ]."""
+
+    model: Model
+    reward: Reward
+    prompt: str
+    beta: Tensor
+    """(T,) float64: the weight of each step's KL, in reward units per nat."""
+    trajectories: int
+    micro_batch: int
+    generators: Generators
+    budget: Budget
+
+    @property
+    def chain(self) -> Chain:
+        return self.model.chain
+
+    def sample(self) -> Trajectories:
+        """`trajectories` chains under the present control, from the generator `rollout`."""
+        shape = (self.trajectories, *self.model.latent_shape)
+        y0 = self.generators.normal("rollout", shape)
+        W = self.generators.normal("rollout", (self.chain.T, *shape))
+        return rollout(self.model, y0, W, self.micro_batch)
+
+    def score(self, y: Tensor) -> Tensor:
+        """Rewards (N,) of final latents; counted as queries; differentiable if the reward is."""
+        self.budget.reward_queries += len(y)
+        return self.reward(self.model.decode(y), [self.prompt] * len(y))
+
+    def step_kls(self, kls: Tensor) -> Tensor:
+        """(T, N) step KLs weighted by beta_k."""
+        return self.beta.to(kls)[:, None] * kls
+
+    @contextmanager
+    def costs(self) -> Iterator[None]:
+        """Counts the network evaluations and the seconds of what happens within it."""
+        forwards, start = self.model.forwards, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.budget.model_forwards += self.model.forwards - forwards
+            self.budget.seconds += time.perf_counter() - start
+
+
+@torch.no_grad()
+def rollout(
+    model: Model, y0: Tensor, W: Tensor, micro_batch: int, each: Callable[..., Any] | None = None
+) -> Trajectories:
+    """Chains from y0 (N, *latent) with noise W (T, N, *latent), `micro_batch` chains at a time.
+
+    `each(k, rows, y, u)` is called at every transition, for what wants to look on (evaluation does).
+    """
+    chain = model.chain
+    y0, W = y0.to(model.device, model.dtype), W.to(model.device, model.dtype)
+    path, controls = torch.empty(len(W) + 1, *y0.shape, dtype=y0.dtype, device=y0.device), torch.empty_like(W)
+    path[0] = y0
+    for start in range(0, len(y0), micro_batch):
+        rows = slice(start, start + micro_batch)
+        for k in range(chain.T):
+            u = model.control(k, path[k, rows], adapted=bool(chain.controlled[k]))
+            controls[k, rows] = u
+            path[k + 1, rows] = chain.step(k, path[k, rows], u, W[k, rows])
+            if each:
+                each(k, rows, path[k, rows], u)
+    return Trajectories(y=path, W=W, u=controls)
+
+
+@torch.no_grad()
+def pretrained_controls(model: Model, k: Tensor, y: Tensor, micro_batch: int) -> Tensor:
+    """s_k(y) for many transitions, (M, *latent), `k` int64 (M,): time steps mixed, `micro_batch` at a time."""
+    pieces = zip(k.split(micro_batch), y.split(micro_batch), strict=True)
+    return torch.cat([model.control(steps, states, adapted=False) for steps, states in pieces])
+
+
+def transitions(paths: Tensor) -> Tensor:
+    """(T, N, ...) as (T * N, ...), step-major: entry k * N + n is chain n at step k."""
+    return paths.flatten(0, 1)
+
+
+def transition_steps(chain: Chain, count: int) -> Tensor:
+    """int64 (T * N,): the step of each entry of `transitions`."""
+    return torch.arange(chain.T).repeat_interleave(count)
+
+
+def rewards_to_go(rewards: Tensor, weighted_kls: Tensor) -> Tensor:
+    """G_k = r - sum_{j > k} beta_j KL_j, (T, N): what follows transition k; rewards (N,), beta_k KL_k (T, N)."""
+    after = weighted_kls.flip(0).cumsum(0).flip(0) - weighted_kls
+    return rewards - after

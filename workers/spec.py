@@ -1,0 +1,300 @@
+"""TrialSpec: what one trial is. Frozen, range-checked, named by its content.
+
+The key of a trial is the SHA-256 of its identity: everything that decides which numbers come out, and nothing else.
+Where it runs, how often it evaluates or checkpoints and what its prompt's label or its sweep is called do not count.
+A component (model, reward, judge, method) is a mapping with `_target_` (the class), `name` (its label) and the
+class's own settings; a class that wants its settings checked offers `check(spec) -> list of problems`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCHEMA = 1
+"""Raised when the meaning of a field changes, so that old results are never taken for new ones."""
+
+BETA_SCHEDULES = ("constant", "sigma_squared")
+COMPONENTS = ("model", "reward", "judge", "method")
+
+
+class SpecError(ValueError):
+    """One or more things wrong with a spec, each one sentence that names the field, the value and the fix."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def integer(field: str, value: Any, low: int, why: str, high: int | None = None) -> list[str]:
+    """Problems with an integer setting: `low` <= value <= `high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return [f"{field}={value!r} is not a whole number ({why}); write for example {field}={low}"]
+    if value < low or (high is not None and value > high):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        return [f"{field}={value} is out of range: {why}, {bounds}; write for example {field}={low}"]
+    return []
+
+
+def number(
+    field: str,
+    value: Any,
+    low: float,
+    why: str,
+    *,
+    high: float = math.inf,
+    open_low: bool = False,
+    example: float = 0.1,
+) -> list[str]:
+    """Problems with a real setting: `low` <= value <= `high` (`open_low`: strictly above)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return [f"{field}={value!r} is not a finite number ({why}); write for example {field}={example}"]
+    if value < low or value > high or (open_low and value == low):
+        bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
+            f" and at most {high:g}" if high < math.inf else ""
+        )
+        return [f"{field}={value} is out of range: {why}, {bounds}; write for example {field}={example}"]
+    return []
+
+
+def choice(field: str, value: Any, allowed: Sequence[str]) -> list[str]:
+    """Problems with a setting that takes one of a few words."""
+    if value not in allowed:
+        return [f"{field}={value!r} is not known; choose one of {', '.join(allowed)}"]
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """The chain: T = `steps` DDIM steps, noise level `eta` (1 = the paper's chain), guidance (1 = none)."""
+
+    steps: int
+    eta: float
+    guidance_scale: float
+
+    def problems(self) -> list[str]:
+        return (
+            integer("sampler.steps", self.steps, 2, "the number T of transitions of the chain", 1000)
+            + number("sampler.eta", self.eta, 0, "DDIM's noise level", high=1, open_low=True, example=1.0)
+            + number("sampler.guidance_scale", self.guidance_scale, 1, "1 switches guidance off", example=1.0)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter: rank, alpha (the update is alpha/rank times BA), and which layers carry one."""
+
+    rank: int
+    alpha: float
+    targets: str | tuple[str, ...]
+
+    def problems(self) -> list[str]:
+        found = integer("lora.rank", self.rank, 1, "the rank of the low-rank update")
+        found += number("lora.alpha", self.alpha, 0, "the scale of the update", open_low=True, example=4)
+        if isinstance(self.targets, str):
+            return found + choice("lora.targets", self.targets, ("all", "attention"))
+        if not self.targets:
+            found.append("lora.targets=[] is empty; write lora.targets=attention, all, or a list of layer names")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The budget: optimiser steps, trajectories per sampling, and how they are cut up (`micro_batch` transitions at
+    once). `checkpoint_every` (gradient steps) is not part of the identity."""
+
+    gradient_steps: int
+    trajectories: int
+    micro_batch: int
+    checkpoint_every: int
+
+    def problems(self) -> list[str]:
+        return (
+            integer("train.gradient_steps", self.gradient_steps, 1, "the number of optimiser steps")
+            + integer("train.trajectories", self.trajectories, 2, "trajectories sampled at a time")
+            + integer("train.micro_batch", self.micro_batch, 1, "transitions in one network pass")
+            + integer("train.checkpoint_every", self.checkpoint_every, 1, "gradient steps between checkpoints")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Every `every` gradient steps, on `samples` pictures from fixed noise, of which `pictures` are kept as images.
+    `every` and `pictures` are not part of the identity."""
+
+    every: int
+    samples: int
+    pictures: int
+
+    def problems(self) -> list[str]:
+        found = integer("eval.every", self.every, 1, "gradient steps between evaluations")
+        found += integer("eval.samples", self.samples, 2, "evaluation pictures")
+        if isinstance(self.samples, int) and self.samples >= 2:
+            found += integer("eval.pictures", self.pictures, 1, "evaluation pictures kept as images", self.samples)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One cell of a sweep, fully resolved. Build it with `TrialSpec.from_dict`, which checks everything at once."""
+
+    prompt: str
+    """The text the model is asked for."""
+    prompt_id: str
+    """Its label in tables and file names; not part of the identity."""
+    beta: float
+    """Weight of the path KL (nats, summed over dimensions) in J, the same for every method."""
+    beta_schedule: str | tuple[float, ...]
+    """beta_t / beta: "constant", "sigma_squared" (proportional to sigma_t^2, mean one) or T positive numbers."""
+    seed: int
+    model: Mapping[str, Any]
+    reward: Mapping[str, Any]
+    judge: Mapping[str, Any] | None
+    method: Mapping[str, Any]
+    sampler: Sampler
+    lora: Lora
+    train: Train
+    eval: Evaluation
+    regulariser: str = "kl"
+    initial_law: str = "fixed"
+    schema: int = SCHEMA
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrialSpec:
+        """The checked spec of a plain mapping (as in spec.json). Raises SpecError with every problem found."""
+        known = {field.name for field in fields(cls)}
+        problems = [
+            f"{name} is not a field of a trial; known: {', '.join(sorted(known))}"
+            for name in values
+            if name not in known
+        ]
+        needed = {field.name for field in fields(cls) if field.name not in ("regulariser", "initial_law", "schema")}
+        problems += [f"{name} is missing" for name in sorted(needed - set(values))]
+        if problems:
+            raise SpecError(problems)
+        content = dict(values)
+        for name, group in (("sampler", Sampler), ("lora", Lora), ("train", Train), ("eval", Evaluation)):
+            content[name], found = _group(name, group, content[name])
+            problems += found
+        if problems:
+            raise SpecError(problems)
+        if isinstance(content["beta_schedule"], list):
+            content["beta_schedule"] = tuple(content["beta_schedule"])
+        content["beta"] = _plain(content["beta"], real=True)
+        spec = cls(**content)
+        problems = spec.problems()
+        if problems:
+            raise SpecError(problems)
+        return spec
+
+    def problems(self) -> list[str]:
+        """Everything wrong with this spec, one sentence each; the components' own checks included."""
+        found: list[str] = []
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            found.append(
+                f"prompt={self.prompt!r} is empty; write a prompt id or a text, as in prompt='a dog on the moon'"
+            )
+        found += number("beta", self.beta, 0, "the weight of the path KL in J", open_low=True)
+        found += self._schedule_problems()
+        found += integer("seed", self.seed, 0, "the seed of every named generator", 2**31 - 1)
+        found += choice("regulariser", self.regulariser, ("kl",))
+        found += choice("initial_law", self.initial_law, ("fixed",))
+        if self.schema != SCHEMA:
+            found.append(f"schema={self.schema} was written by another version; this one reads {SCHEMA}")
+        for group in (self.sampler, self.lora, self.train, self.eval):
+            found += group.problems()
+        if found:
+            return found
+        for name in COMPONENTS:
+            component = getattr(self, name)
+            if component is not None:
+                found += self._component_problems(name, component)
+        return found
+
+    def _schedule_problems(self) -> list[str]:
+        if isinstance(self.beta_schedule, str):
+            return choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
+        found = []
+        if len(self.beta_schedule) != self.sampler.steps:
+            found.append(
+                f"beta_schedule has {len(self.beta_schedule)} numbers but sampler.steps={self.sampler.steps}; "
+                "give one per step"
+            )
+        for value in self.beta_schedule:
+            found += number("beta_schedule", value, 0, "a multiplier of beta", open_low=True, example=1.0)
+        return found
+
+    def _component_problems(self, field: str, component: Mapping[str, Any]) -> list[str]:
+        if not isinstance(component, Mapping) or "_target_" not in component or "name" not in component:
+            return [f"{field} needs _target_ (the class, as in package.module.Class) and name; see conf/{field}/"]
+        try:
+            target = locate(component["_target_"])
+        except (ImportError, AttributeError, ValueError) as error:
+            return [f"{field}._target_={component['_target_']!r} cannot be imported: {error}"]
+        check = getattr(target, "check", None)
+        return list(check(self)) if check else []
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain mapping for spec.json; `from_dict` gives the same spec back."""
+        return json.loads(json.dumps(asdict(self), default=dict))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers that come out: the content that is hashed into the key."""
+        content = self.to_dict()
+        del (
+            content["prompt_id"],
+            content["train"]["checkpoint_every"],
+            content["eval"]["every"],
+            content["eval"]["pictures"],
+        )
+        return content
+
+    @property
+    def key(self) -> str:
+        """The trial's name: 16 hex digits of the SHA-256 of its identity."""
+        text = json.dumps(self.identity(), sort_keys=True, ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """For people: "pi_ft beta=0.1 counting s0"."""
+        return f"{self.method['name']} beta={self.beta:g} {self.prompt_id} s{self.seed}"
+
+
+def _group(name: str, group: type, values: Any) -> tuple[Any, list[str]]:
+    if not isinstance(values, Mapping):
+        return None, [f"{name}={values!r} is not a mapping; it needs {', '.join(f.name for f in fields(group))}"]
+    known = {field.name for field in fields(group)}
+    problems = [
+        f"{name}.{key} is not a setting; known: {', '.join(sorted(known))}" for key in values if key not in known
+    ]
+    problems += [f"{name}.{key} is missing" for key in sorted(known - set(values))]
+    if problems:
+        return None, problems
+    real = {field.name for field in fields(group) if field.type == "float"}
+    return group(**{key: _plain(value, key in real) for key, value in values.items()}), []
+
+
+def _plain(value: Any, real: bool) -> Any:
+    """A list as a tuple; a whole number where a real one belongs as that, so that 1 and 1.0 are one trial."""
+    if real and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def locate(path: str) -> Any:
+    """The class that a `_target_` names. Raises ImportError, AttributeError or ValueError (not dotted)."""
+    module, _, name = str(path).rpartition(".")
+    if not module:
+        raise ValueError("not a dotted path such as workers.methods.pi_ft.PIFT")
+    return getattr(importlib.import_module(module), name)
+
+
+def settings(component: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's own settings: everything but `_target_`, `name` and `fingerprint`."""
+    return {key: value for key, value in component.items() if key not in ("_target_", "name", "fingerprint")}
