@@ -6,9 +6,9 @@ For each method: process CPU seconds of its gradient steps, divided by the CPU s
 must make, which are run right after them, in turns, so that a slow minute of the machine slows both. Medians over the
 repeats. Bare means: UNet, decoder and reward called directly, on ready tensors, at the batch sizes the method uses.
 
-    pathwise   T rollout forwards (batch N); T times forward + backward to parameters and state; T times forward +
-               backward to the state with the adapter off (the recomputation, counted once); decoder and reward,
-               there and back
+    pathwise   T rollout forwards (batch N, adapter merged into the weights); T times forward + backward to parameters
+               and state; T times forward + backward to the state with the adapter off (the recomputation, counted
+               once); decoder and reward, there and back
     score      T rollout forwards; T N pre-trained forwards and T N forward + backward, both in micro-batches of
                mixed steps; decoder and reward forwards
     dpok       per gradient step: forward + backward of its batch; per sampling: T rollout forwards, T N pre-trained
@@ -90,7 +90,8 @@ class Bare:
         return self.model.unet(y, self.time[rows], encoder_hidden_states=embedding, return_dict=False)[0]  # type: ignore[attr-defined]
 
     def rollout(self) -> None:
-        with torch.no_grad():
+        """With the adapter off: a rollout's network is the pre-trained one with other numbers in it."""
+        with torch.no_grad(), self.model.adapter_off():  # type: ignore[attr-defined]
             for k in range(self.T):
                 self.unet(slice(k * self.N, (k + 1) * self.N), self.y[k * self.N : (k + 1) * self.N])
 

@@ -8,6 +8,7 @@ and an estimator's gradient equals the closed form's to rounding: 1e-9 relative,
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from types import SimpleNamespace
@@ -45,6 +46,9 @@ class Linear:
         k = torch.as_tensor(k).expand(len(y))
         slope, shift = (self.K, self.h) if adapted else (self.P, self.p)
         return torch.einsum("bij,bj->bi", slope[k], y) + shift[k]
+
+    def sampling(self) -> contextlib.nullcontext:
+        return contextlib.nullcontext()
 
     def decode(self, y: Tensor) -> Tensor:
         return y

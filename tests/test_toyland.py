@@ -209,7 +209,13 @@ def test_reward_and_judge_are_differentiable_and_frozen(reward, judge, fresh, dt
 
 
 NEIGHBOURS = {  # for every prompt a right scene and scenes that miss it by one attribute
-    "A green colored rabbit": ((("rabbit", "green"),), (("rabbit", "white"),), (("cat", "green"),)),
+    "A green colored rabbit": (
+        (("rabbit", "green"),),
+        (("rabbit", "white"),),
+        (("rabbit", "red"),),
+        (("rabbit", "brown"),),
+        (("cat", "green"),),
+    ),
     "A cat and a dog": (
         (("cat", "yellow"), ("dog", "brown")),
         (("cat", "yellow"), ("rabbit", "white")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class Model(Protocol):
     forwards: int
 
     def control(self, k: int | Tensor, y: Tensor, adapted: bool = True) -> Tensor: ...
+    def sampling(self) -> AbstractContextManager[None]:
+        """Entered around many passes without gradients; the control within it may differ by rounding."""
+        ...
+
     def decode(self, y: Tensor) -> Tensor: ...
     def parameters(self) -> list[nn.Parameter]: ...
 
@@ -123,14 +127,15 @@ def rollout(
     y0, W = y0.to(model.device, model.dtype), W.to(model.device, model.dtype)
     path, controls = torch.empty(len(W) + 1, *y0.shape, dtype=y0.dtype, device=y0.device), torch.empty_like(W)
     path[0] = y0
-    for start in range(0, len(y0), micro_batch):
-        rows = slice(start, start + micro_batch)
-        for k in range(chain.T):
-            u = model.control(k, path[k, rows], adapted=bool(chain.controlled[k]))
-            controls[k, rows] = u
-            path[k + 1, rows] = chain.step(k, path[k, rows], u, W[k, rows])
-            if each:
-                each(k, rows, path[k, rows], u)
+    with model.sampling():
+        for start in range(0, len(y0), micro_batch):
+            rows = slice(start, start + micro_batch)
+            for k in range(chain.T):
+                u = model.control(k, path[k, rows], adapted=bool(chain.controlled[k]))
+                controls[k, rows] = u
+                path[k + 1, rows] = chain.step(k, path[k, rows], u, W[k, rows])
+                if each:
+                    each(k, rows, path[k, rows], u)
     return Trajectories(y=path, W=W, u=controls)
 
 

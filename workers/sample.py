@@ -31,10 +31,9 @@ def draw(spec: Mapping[str, Any], adapter: Path, n: int, device: str = "cpu") ->
     model.load_adapter(adapter)
     noise = fixed_noise(checked.prompt, n, model.chain.T, model.latent_shape)
     batch = checked.train.micro_batch
-    with model.adapter_off():
-        base = rollout(model, noise.y0, noise.W, batch).y[-1]
-        # Within adapter_off the control is the pre-trained one.
     tuned = rollout(model, noise.y0, noise.W, batch).y[-1]
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
+    base = rollout(model, noise.y0, noise.W, batch).y[-1]
     return tuple(torch.cat([model.decode(part) for part in final.split(batch)]) for final in (base, tuned))  # type: ignore[return-value]
 
 

@@ -48,7 +48,7 @@ def check_config(config: type, spec: TrialSpec) -> list[str]:
 
 def optimiser(problem: Problem, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the adapter, with torch's defaults (betas .9, .999; eps 1e-8), one fused pass over all parameters."""
-    return torch.optim.AdamW(problem.model.parameters(), lr=lr, weight_decay=weight_decay, foreach=True)
+    return torch.optim.AdamW(problem.model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
 
 class NotFinite(ArithmeticError):

@@ -81,6 +81,9 @@ class DiffusionModel:
         size = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, size, size)
         self._adapters = _add_lora(self.unet, lora, generators)
+        self._parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self._switches = [vars(layer) for layer in self._adapters]  # past nn.Module's slow attribute setter
+        self._merged: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self.forwards = 0
 
     @staticmethod
@@ -128,7 +131,7 @@ class DiffusionModel:
         else:
             embedding = embedding.expand(batch, -1, -1)
         self.forwards += len(latents)
-        with contextlib.nullcontext() if adapted else self.adapter_off():
+        with self._weights(adapted):
             eps = self.unet(latents, time, encoder_hidden_states=embedding, return_dict=False)[0].to(y.dtype)
         if self.guidance_scale > 1:
             unconditional, conditional = eps.chunk(2)
@@ -144,18 +147,51 @@ class DiffusionModel:
     def adapter_off(self) -> Iterator[None]:
         """Within it the UNet is the pre-trained one. Only the switch is thrown: requires_grad stays as it is, so a
         graph built before can be walked after (peft's own disable_adapters would unmark the parameters)."""
-        before = [layer._disable_adapters for layer in self._adapters]
-        for layer in self._adapters:
-            layer._disable_adapters = True
+        before = [switch["_disable_adapters"] for switch in self._switches]
+        for switch in self._switches:
+            switch["_disable_adapters"] = True
         try:
             yield
         finally:
-            for layer, off in zip(self._adapters, before, strict=True):
-                layer._disable_adapters = off
+            for switch, off in zip(self._switches, before, strict=True):
+                switch["_disable_adapters"] = off
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Within it nothing is trained, and the control costs what the pre-trained control costs: the adapter's update
+        is added to copies of the weights, once (an adapter at work makes a small network's forward 1.6 times as long).
+        The pre-trained weights themselves are never written to. Half-precision weights would swallow the update: there
+        the adapter stays at work."""
+        if self._merged or self.embedding.dtype not in (torch.float32, torch.float64):
+            yield
+            return
+        with torch.no_grad():
+            for layer in self._adapters:
+                weight = layer.get_base_layer().weight
+                self._merged.append((weight, weight.data, weight.data + layer.get_delta_weight("default")))
+        try:
+            yield
+        finally:
+            self._merged = []
+
+    @contextlib.contextmanager
+    def _weights(self, adapted: bool) -> Iterator[None]:
+        """The UNet with the weights of one control or the other."""
+        with contextlib.ExitStack() as stack:
+            if self._merged or not adapted:
+                stack.enter_context(self.adapter_off())
+            merged = self._merged if adapted else []
+            for weight, _, joined in merged:
+                weight.data = joined
+            try:
+                yield
+            finally:
+                for weight, original, _ in merged:
+                    weight.data = original
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, in a fixed order."""
-        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        return self._parameters
 
     def state_dict(self) -> dict[str, Tensor]:
         """The adapter's weights by name."""

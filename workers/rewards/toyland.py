@@ -43,20 +43,32 @@ class RewardNetwork(nn.Module):
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, c) for c in wide)
         self.film = nn.ModuleList(nn.Linear(text, 2 * c) for c in wide[2:])
-        self.head = nn.Sequential(nn.Linear(channels[-1] + text, 64), nn.SiLU(), nn.Linear(64, 1))
+        self.paint = nn.Conv2d(channels[1], 32, 3, stride=2, padding=1)  # which colours are there, without the text
+        self.colours = nn.Linear(64, len(COLOURS))
+        self.asked = nn.Linear(text, len(COLOURS))
+        self.head = nn.Sequential(nn.Linear(channels[-1] + text + 2 * len(COLOURS), 64), nn.SiLU(), nn.Linear(64, 1))
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """images [B, 3, 32, 32] in [0, 1], ids [B, L] (0 = padding) -> scores [B]."""
+    def both(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, 32, 32] in [0, 1], ids [B, L] (0 = padding) -> scores [B], colour logits [B, 7]."""
         present = (ids > 0).unsqueeze(-1)
         sentence = self.sentence((self.words(ids) * present).sum(1) / 2)
-        h = images * 2 - 1
+        h, colours = images * 2 - 1, images.new_zeros(())
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             h = norm(conv(h))
             if i >= 2:
                 scale, shift = self.film[i - 2](sentence)[:, :, None, None].chunk(2, dim=1)
                 h = h * (1 + scale) + shift
             h = F.silu(h)
-        return self.head(torch.cat([h.mean((2, 3)), sentence], 1)).squeeze(1)
+            if i == 1:
+                painted = F.silu(self.paint(h))
+                colours = self.colours(torch.cat([painted.mean((2, 3)), painted.amax((2, 3))], 1))
+        found = colours.sigmoid()
+        score = self.head(torch.cat([h.mean((2, 3)), sentence, found, found * self.asked(sentence)], 1))
+        return score.squeeze(1), colours
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Scores [B]."""
+        return self.both(images, ids)[0]
 
 
 class JudgeNetwork(nn.Module):

@@ -27,11 +27,12 @@ from workers.models.toyland.train_vae import decode, encode
 from workers.rewards.toyland import JudgeNetwork, RewardNetwork
 
 JUDGE_ITERATIONS = 3_000
-REWARD_ITERATIONS = 5_000
+REWARD_ITERATIONS = 3_500
 BATCH = 64
 PENALTY = 0.05  # weight of the squared input gradient (truth in 0..1, pixels in 0..1, summed over pixels)
+COLOUR_WEIGHT = 0.1  # of the colour read-out inside the reward
 CAPTIONS = 6  # per scene
-SIBLINGS = 9_000  # pairs of scenes that differ in one attribute
+SIBLINGS = 5_000  # pairs of scenes that differ in one attribute
 
 
 def is_heldout(text: str) -> bool:
@@ -150,10 +151,11 @@ class RewardData:
         partners = scenes[SIBLINGS:] + scenes[:SIBLINGS]
         rng = data.generator(seed, "reward", "captions")
         texts, self.own, self.other = captioned(scenes, partners, rng, CAPTIONS, heldout=False)
+        self.colours = labels(scenes)["colours"]
         self.ids = torch.from_numpy(word_ids(texts)).view(len(scenes), CAPTIONS, -1)
 
-    def batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [B, 3, 32, 32], word ids [B, L], truths [B]."""
+    def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pictures [B, 3, 32, 32], word ids [B, L], truths [B], colours [B, 7]."""
         g = self.generator
         i = torch.randint(self.views.shape[1], (BATCH,), generator=g)
         c = torch.randint(CAPTIONS, (BATCH,), generator=g)
@@ -161,20 +163,27 @@ class RewardData:
         share = self.blend[i] * (view == 3)
         x = unit_pixels(self.views[view, i])
         flip = torch.rand(BATCH, 1, 1, 1, generator=g) < 0.5
-        return torch.where(flip, x.flip(-1), x), self.ids[i, c], torch.lerp(self.own[i, c], self.other[i, c], share)
+        sibling = (i + SIBLINGS) % len(self.colours)
+        colours = torch.lerp(self.colours[i], self.colours[sibling], share[:, None])
+        truths = torch.lerp(self.own[i, c], self.other[i, c], share)
+        return torch.where(flip, x.flip(-1), x), self.ids[i, c], truths, colours
 
 
-def reward_loss(network: RewardNetwork, x: Tensor, ids: Tensor, target: Tensor, penalise: bool) -> tuple[Tensor, float]:
-    """Mean squared error plus, on half the batch, the penalty on |d score / d pixels|^2; and the error alone."""
+def reward_loss(
+    network: RewardNetwork, x: Tensor, ids: Tensor, target: Tensor, colours: Tensor, penalise: bool
+) -> tuple[Tensor, float]:
+    """Squared error, colour cross-entropy and, on half the batch, the penalty on |d score / d pixels|^2; the error."""
     half = len(x) // 2 if penalise else 0
-    error = (network(x[half:], ids[half:]) - target[half:]).pow(2)
-    if not penalise:
-        return error.mean(), float(error.detach().mean())
     y = x[:half].requires_grad_()
-    scores = network(y, ids[:half])
-    (slope,) = torch.autograd.grad(scores.sum(), y, create_graph=True)
-    error = torch.cat([(scores - target[:half]).pow(2), error]).mean()
-    return error + 2 * PENALTY * slope.pow(2).sum((1, 2, 3)).mean(), float(error.detach())
+    parts = [network.both(y, ids[:half])] if half else []
+    parts.append(network.both(x[half:], ids[half:]))
+    scores, logits = (torch.cat(p) for p in zip(*parts, strict=True))
+    error = (scores - target).pow(2).mean()
+    loss = error + COLOUR_WEIGHT * F.binary_cross_entropy_with_logits(logits, colours)
+    if half:
+        (slope,) = torch.autograd.grad(parts[0][0].sum(), y, create_graph=True)
+        loss = loss + 2 * PENALTY * slope.pow(2).sum((1, 2, 3)).mean()
+    return loss, float(error.detach())
 
 
 def train_reward(out: Path, vae_folder: Path, cache: Path, seed: int, iterations: int = REWARD_ITERATIONS) -> dict:
