@@ -27,8 +27,8 @@ $(STAMP): requirements.lock pyproject.toml hatch_build.py scripts/setup.sh
 demo: $(STAMP) ## the sweep `quickstart` on this machine: PI-FT and DPOK at several beta, a table and a report
 	$(BIN)/pift launch sweep=quickstart executor=ray store=$(STORE) $(ARGS)
 
-test: $(STAMP) ## every test; ARGS="-k name" narrows it down
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## every test, a process per core; ARGS="-k name" narrows it down
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 quick: $(STAMP) ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not ray and not slow and not chaos" $(ARGS)

@@ -1,8 +1,8 @@
 """The command itself, on toyland, from an empty folder to finished runs: `pift launch`, in this process.
 
-    the same spec in two empty stores, once inline and once with Ray: equal journals but for the clock, equal adapters
-    what MLflow holds afterwards
-    a third method, a new reward and a new prompt set: one file and one YAML each, trained for real
+the same spec in two empty stores, once inline and once with Ray: equal journals but for the clock, equal adapters
+what MLflow holds afterwards
+a third method, a new reward and a new prompt set: one file and one YAML each, trained for real
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Sampler:
 
     def problems(self) -> list[str]:
         return (
-            integer("sampler.steps", self.steps, 2, "the number T of transitions of the chain", 1000)
+            integer("sampler.steps", self.steps, 2, "the number T of transitions of the chain", 999)
             + number("sampler.eta", self.eta, 0, "DDIM's noise level", high=1, open_low=True, example=1.0)
             + number("sampler.guidance_scale", self.guidance_scale, 1, "1 switches guidance off", example=1.0)
         )

@@ -290,6 +290,8 @@ def _chain(source: str, revision: str | None, sampler: Sampler) -> Chain:
         raise ValueError(
             f"prediction_type={scheduler.config.prediction_type!r} is not supported; the chain needs epsilon"
         )
+    if scheduler.config.clip_sample or scheduler.config.thresholding:
+        raise ValueError("the checkpoint's scheduler clips its samples; the chain is Gaussian only without that")
     scheduler.set_timesteps(sampler.steps)
     timesteps = scheduler.timesteps.cpu()
     previous = timesteps - scheduler.config.num_train_timesteps // sampler.steps
