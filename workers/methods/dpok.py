@@ -253,7 +253,9 @@ class DPOK:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adam.load_state_dict(state["adam"])
         self.inner, self.sampled = state["inner"], state["sampled"]
-        self.replay.columns = state["replay"]
+        self.replay.columns = dict(state["replay"])
+        if len(self.replay.columns):
+            self.replay.columns["k"] = state["replay"]["k"].cpu()  # steps index the chain's constants, which stay there
         if self.value is not None:
             self.value.load_state_dict(state["value"]["net"])
             self.value_adam.load_state_dict(state["value"]["adam"])
