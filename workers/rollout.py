@@ -7,9 +7,10 @@ Trajectories   the sampled chains, float32, generation order
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,14 @@ class Model(Protocol):
 
     def decode(self, y: Tensor) -> Tensor: ...
     def parameters(self) -> list[nn.Parameter]: ...
+
+
+class TrainedModel(Model, Protocol):
+    """What the runner needs of a model besides: its adapter, in memory and on disk."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def save_adapter(self, folder: Path) -> None: ...
 
 
 class Reward(Protocol):

@@ -32,7 +32,7 @@ from workers.evaluate import evaluate, fixed_noise, save_strip
 from workers.generators import Generators
 from workers.methods import Method, NotFinite
 from workers.recorder import Journal, read_journal
-from workers.rollout import Budget, Model, Problem, Reward
+from workers.rollout import Budget, Problem, Reward, TrainedModel
 from workers.spec import TrialSpec, locate, settings
 from workers.store import TrialFolder, read_json, sha256, write_json, write_whole
 
@@ -52,7 +52,7 @@ class Trial:
 
     spec: TrialSpec
     folder: TrialFolder
-    model: Model
+    model: TrainedModel
     reward: Reward
     judge: Reward | None
     problem: Problem
@@ -153,6 +153,7 @@ def _train(
 
     if not _load_checkpoint(trial):
         measure(trial.problem.budget.metrics())
+    progress.step = trial.step
 
     while trial.step < spec.train.gradient_steps:
         metrics = trial.method.step() | trial.problem.budget.metrics()
@@ -175,7 +176,7 @@ def _train(
 def _save_checkpoint(trial: Trial) -> None:
     state = {
         "step": trial.step,
-        "adapter": trial.model.state_dict(),  # type: ignore[attr-defined]
+        "adapter": trial.model.state_dict(),
         "method": trial.method.state_dict(),
         "generators": trial.generators.state_dict(),
         "budget": vars(trial.problem.budget),
@@ -188,7 +189,7 @@ def _load_checkpoint(trial: Trial) -> bool:
     if not trial.folder.checkpoint.exists():
         return False
     state = torch.load(trial.folder.checkpoint, map_location=trial.model.device, weights_only=True)
-    trial.model.load_state_dict(state["adapter"])  # type: ignore[attr-defined]
+    trial.model.load_state_dict(state["adapter"])
     trial.method.load_state_dict(state["method"])
     trial.generators.load_state_dict({name: value.cpu() for name, value in state["generators"].items()})
     vars(trial.problem.budget).update(state["budget"])
@@ -199,7 +200,7 @@ def _load_checkpoint(trial: Trial) -> bool:
 def _finish(trial: Trial, started: float, device: str, attempt: int) -> None:
     """Save the adapter, then DONE.json, last: its presence means that everything it names is whole."""
     folder = trial.folder
-    trial.model.save_adapter(folder.adapter)  # type: ignore[attr-defined]
+    trial.model.save_adapter(folder.adapter)
     records = [record for record in read_journal(folder.journal) if "samples" in record]
     files = [folder.spec, folder.journal, *sorted(folder.adapter.glob("*"))]
     write_json(
