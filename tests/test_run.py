@@ -407,6 +407,39 @@ def test_adapter_off_is_the_original_unet_bit_for_bit(checkpoint: Path, dtype: s
     assert off.dtype == model.dtype and (on - off).abs().max() > 1e-2
 
 
+def test_sampling_changes_the_cost_and_not_the_controls(checkpoint: Path) -> None:
+    """Merged and unmerged agree to rounding, off stays the original bit for bit, also after an error inside.
+
+    Kills: the update without alpha / rank; merged weights left in place; s computed with merged weights.
+    """
+    model = model_of(checkpoint, "fp64")
+    shake(model)
+    y, before = latents(2, model.dtype), {name: p.clone() for name, p in model.unet.named_parameters()}
+    with torch.no_grad():
+        off, on = model.control(1, y, adapted=False), model.control(1, y)
+        with pytest.raises(RuntimeError, match="on purpose"), model.sampling():
+            merged = model.control(1, y)
+            assert torch.equal(model.control(1, y, adapted=False), off)
+            assert torch.equal(model.control(1, y), merged)
+            raise RuntimeError("on purpose")
+        assert torch.equal(model.control(1, y), on)
+    assert all(torch.equal(p, before[name]) for name, p in model.unet.named_parameters())
+    torch.testing.assert_close(merged, on, rtol=1e-10, atol=1e-10)
+    assert not torch.equal(merged, off)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_keeps_the_adapter_at_work(checkpoint: Path, dtype: str) -> None:
+    """Kills: merging into weights that would round the update away."""
+    model = model_of(checkpoint, dtype)
+    shake(model)
+    y = latents(2, model.dtype)
+    with torch.no_grad():
+        on = model.control(1, y)
+        with model.sampling():
+            assert torch.equal(model.control(1, y), on)
+
+
 def test_only_the_adapter_has_a_gradient(checkpoint: Path) -> None:
     model, y = model_of(checkpoint), latents(2).requires_grad_()
     shake(model)

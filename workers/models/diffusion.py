@@ -170,24 +170,32 @@ class DiffusionModel:
                 weight = layer.get_base_layer().weight
                 self._merged.append((weight, weight.data, weight.data + layer.get_delta_weight("default")))
         try:
-            yield
+            with self.adapter_off():
+                self._put(adapted=True)
+                yield
         finally:
+            self._put(adapted=False)
             self._merged = []
+
+    def _put(self, adapted: bool) -> None:
+        """Point the weights at their merged copies, or back at the pre-trained numbers."""
+        for weight, original, merged in self._merged:
+            weight.data = merged if adapted else original
 
     @contextlib.contextmanager
     def _weights(self, adapted: bool) -> Iterator[None]:
         """The UNet with the weights of one control or the other."""
-        with contextlib.ExitStack() as stack:
-            if self._merged or not adapted:
-                stack.enter_context(self.adapter_off())
-            merged = self._merged if adapted else []
-            for weight, _, joined in merged:
-                weight.data = joined
+        if adapted:
+            yield
+        elif not self._merged:
+            with self.adapter_off():
+                yield
+        else:
+            self._put(adapted=False)
             try:
                 yield
             finally:
-                for weight, original, _ in merged:
-                    weight.data = original
+                self._put(adapted=True)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, in a fixed order."""
