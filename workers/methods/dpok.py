@@ -254,7 +254,7 @@ class DPOK:
         self.adam.load_state_dict(state["adam"])
         self.inner, self.sampled = state["inner"], state["sampled"]
         self.replay.columns = dict(state["replay"])
-        if len(self.replay.columns):
+        if self.replay.columns:
             self.replay.columns["k"] = state["replay"]["k"].cpu()  # steps index the chain's constants, which stay there
         if self.value is not None:
             self.value.load_state_dict(state["value"]["net"])

@@ -165,10 +165,10 @@ class DiffusionModel:
         if self._merged or self.embedding.dtype not in (torch.float32, torch.float64):
             yield
             return
+        weights = [layer.get_base_layer().weight for layer in self._adapters]
         with torch.no_grad():
-            for layer in self._adapters:
-                weight = layer.get_base_layer().weight
-                self._merged.append((weight, weight.data, weight.data + layer.get_delta_weight("default")))
+            updates = [layer.get_delta_weight("default") for layer in self._adapters]
+            self._merged = [(w, w.data, w.data + update) for w, update in zip(weights, updates, strict=True)]
         try:
             with self.adapter_off():
                 self._put(adapted=True)

@@ -4,7 +4,7 @@ What: stages vae, then unet beside (in a second process) judge and reward, then 
 Diffusion folder with reward.safetensors, judge.safetensors, report.json (every bar's figure), training.json and
 training.png. Scenes are drawn once into the cache folder. Seeded by names: the same command on the same machine gives
 the same weights.
-How long: 40 to 60 minutes on two cores, one thread per process; see docs/toyland.md for the minutes of each stage.
+How long: half an hour on two cores, one thread per process; see docs/toyland.md for the minutes of each stage.
 """
 
 from __future__ import annotations
