@@ -53,8 +53,10 @@ def test_inline_and_ray_give_the_same_bits(inline: Path, tmp_path: Path) -> None
 
 
 def test_a_second_launch_trains_nothing(inline: Path) -> None:
+    """Kills: done cells sent to the executor again (they would find nothing to do, and write their result anew)."""
     before = contents(inline)
-    times = {path: path.stat().st_mtime_ns for path in inline.glob("trials/*/journal.jsonl")}
+    results = [*inline.glob("trials/*/journal.jsonl"), *inline.glob("trials/*/DONE.json")]
+    times = {path: path.stat().st_mtime_ns for path in results}
     assert main([*TINY, f"store={inline}", "executor=inline"]) == 0
     assert contents(inline) == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
