@@ -189,7 +189,7 @@ def transformed(found: Divergence, rewards: Tensor, beta: float, lam: float) -> 
         raise NotPositive(
             f"a reward of {float(worst):.4g} has no weight under regulariser={found.name}: (f')^-1((r - lambda)/beta) "
             f"is positive for rewards {side} {lam + beta * edge:.4g} only (lambda={lam:.4g} from the base model's "
-            f"samples, beta={beta:g}). The optimal law would be {'infinite' if bounded_above else 'empty'} there; raise "
-            "beta, bound the reward, or write regulariser=kl"
+            f"samples, beta={beta:g}). The optimal law would be {'infinite' if bounded_above else 'empty'} there: "
+            "raise beta, bound the reward, or write regulariser=kl"
         )
     return (beta * found.log_phi(z)).to(rewards.dtype)
