@@ -34,7 +34,7 @@ from typing import Any
 
 from orchestrator.conf_tree import GROUPS, ConfTree
 from orchestrator.errors import UserError
-from orchestrator.overrides import Override, close, parse
+from orchestrator.overrides import Override, canonical, close, parse
 from workers.spec import COMPONENTS, SpecError, TrialSpec, locate, settings
 
 GROUP_AXES = ("model", "reward", "method")
@@ -42,7 +42,8 @@ GROUP_AXES = ("model", "reward", "method")
 CANONICAL = ("prompt", "beta", "method", "seed")
 """The axes every plan has, swept or not."""
 SPEC_KEYS = (
-    "beta", "beta_schedule", "seed", *COMPONENTS, "sampler", "lora", "train", "eval", "regulariser", "initial_law"
+    "beta", "beta_schedule", "beta_rate", "seed", *COMPONENTS, "sampler", "lora", "train", "eval", "regulariser",
+    "regulariser_order", "regulariser_samples", "initial_law",
 )  # fmt: skip
 RUN_KEYS = ("executor", "tracking", "resources", "store", "retry_failed")
 """What is not part of a trial: where and how the sweep runs."""
@@ -177,7 +178,15 @@ def _sweep_content(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         content[key] = value
     if problems:
         raise UserError(*problems)
+    for key in ("axes", "settings"):
+        content[key] = _canonical(content[key])
+    content["exclude"] = [_canonical(entry) for entry in content["exclude"]]
+    content["per_method"] = {name: _canonical(values) for name, values in content["per_method"].items()}
     return content
+
+
+def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {canonical(str(key)): value for key, value in values.items()}
 
 
 def _axis_problems(key: str, values: Sequence[Any]) -> list[str]:

@@ -4,6 +4,7 @@
     beta=0.01,0.1,1         several: an axis; so are beta=choice(0.01,0.1), seed=range(0,3)
     prompt='a dog, on it'   quotes where a text holds one of  , = ( ) [ ] { } or a letter outside ASCII
 
+beta.schedule, beta.rate, regulariser.order and regulariser.samples stand for the settings with _ in place of the dot.
 `add key` (+key=1) and `delete key` (~key) of Hydra do not exist here: every setting stands in conf/.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.errors import UserError
@@ -23,6 +24,13 @@ HELP = (
 PLAIN = re.compile(r"[\w.@/-]+")
 GRAMMAR = set(",()[]{}$'\"")
 LARGEST_AXIS = 10_000
+ALIASES = {
+    "beta.schedule": "beta_schedule",
+    "beta.rate": "beta_rate",
+    "regulariser.order": "regulariser_order",
+    "regulariser.samples": "regulariser_samples",
+}
+"""beta is a number, so that what goes with it stands beside it in conf/; a dot reads better on the command line."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ def parse(arguments: Iterable[str]) -> dict[str, Override]:
     for argument in arguments:
         try:
             override = _parse_one(argument)
+            override = replace(override, key=canonical(override.key))
             found.pop(override.key, None)
             found[override.key] = override
         except UserError as error:
@@ -96,6 +105,11 @@ def _countable(swept: Any) -> bool:
     if not swept.step:
         return False
     return 0 < (swept.stop - swept.start) / swept.step <= LARGEST_AXIS
+
+
+def canonical(key: str) -> str:
+    """The key in conf/ that an alias stands for, or the key itself."""
+    return ALIASES.get(key, key)
 
 
 def _plain(value: Any) -> Any:

@@ -43,5 +43,9 @@ def sample(store: Store, key: str, n: int, out: Path, device: str = "cpu") -> li
             "it is written when the trial is done: launch its sweep again"
         )
     from workers.sample import write
+    from workers.spec import locate
 
-    return write(read_json(folder.spec) or {}, folder.adapter, n, Path(out), device)
+    spec = read_json(folder.spec) or {}
+    if not locate(spec["model"]["_target_"]).pictures:
+        raise UserError(f"key={folder.root.name} is a trial of model={spec['model']['name']}, which draws no pictures")
+    return write(spec, folder.adapter, n, Path(out), device)

@@ -237,10 +237,10 @@ def test_keys_know_every_field_of_the_identity(plan: Planner) -> None:
         "judge.name": "x", "judge.path": "x", "method._target_": "grid_parts.Search", "method.name": "x",
         "method.lr": 0.25, "method.warmup": 1, "sampler.steps": 5, "sampler.eta": 0.5, "sampler.guidance_scale": 2.0,
         "lora.rank": 5, "lora.alpha": 5.0, "lora.targets": "all", "train.gradient_steps": 5, "train.trajectories": 5,
-        "train.micro_batch": 5, "eval.samples": 9,
+        "train.micro_batch": 5, "eval.samples": 9, "regulariser": "chi_square", "initial_law": "gaussian",
     }  # fmt: skip
-    leaves = set(leaf_names(spec.identity())) - {"regulariser", "initial_law", "schema"}  # one value each, so far
-    assert leaves == set(changes)
+    assert set(leaf_names(spec.identity())) - {"schema"} == set(changes)
+    changes |= {"train.lr_schedule": "linear", "beta_rate": 0.5, "regulariser_order": 0.5}  # idle at their defaults
     keys = {"": spec.key}
     for name, value in changes.items():
         content = copy.deepcopy(spec.to_dict())
@@ -251,6 +251,24 @@ def test_keys_know_every_field_of_the_identity(plan: Planner) -> None:
         place[last] = value
         keys[name] = unchecked(content).key
     assert len(set(keys.values())) == len(keys), keys
+
+
+def test_settings_that_decide_nothing_are_no_part_of_the_key() -> None:
+    """Kills: regulariser_samples in the key of a kl trial, lora in that of a model without an adapter. (That adding a
+    field leaves old keys alone is the test above: an identity has no other leaves.)"""
+    assert compose([]).cells[0].key == compose(["regulariser_samples=512"]).cells[0].key
+    exact = ["model=lq", "reward=quadratic", "method=algorithm_1"]
+    assert compose(exact).cells[0].key == compose([*exact, "lora.rank=8"]).cells[0].key
+    other = ["model=mixture", "reward=bounded", "regulariser=jensen_shannon", "beta=1"]
+    assert compose(other).cells[0].key != compose([*other, "regulariser_samples=512"]).cells[0].key
+
+
+def test_a_dotted_alias_is_the_setting_beside_beta() -> None:
+    """On the command line and in sweep files; as an axis too."""
+    exact = ["model=lq", "reward=quadratic", "method=algorithm_1"]
+    found = compose([*exact, "beta.schedule=contraction", "beta.rate=0.3,0.5"])
+    assert [cell.spec.beta_rate for cell in found.cells] == [0.3, 0.5] and list(found.axes)[0] == "beta_rate"
+    assert {cell.spec.beta_schedule for cell in found.cells} == {"contraction"}
 
 
 def unchecked(content: dict[str, Any]) -> TrialSpec:
@@ -408,6 +426,14 @@ def test_a_bad_file_is_named(conf: Path, name: str, content: str, words: str) ->
 # ---- what is shipped
 
 
+COMPANIONS = {
+    "model/lq": ["reward=quadratic"], "model/mixture": ["reward=quadratic"], "model/nearly_lq": ["reward=quadratic"],
+    "reward/quadratic": ["model=lq"], "reward/bounded": ["model=mixture", "beta=1"],
+    "method/algorithm_1": ["model=lq", "reward=quadratic"],
+}  # fmt: skip
+"""What a choice needs beside it: models without pictures and rewards of pictures do not go together."""
+
+
 def shipped() -> list[Path]:
     return sorted(SHIPPED.rglob("*.yaml"))
 
@@ -418,7 +444,7 @@ def shipped() -> list[Path]:
 def test_every_shipped_file_composes_and_plans(path: Path) -> None:
     group, name = path.parent.name, path.stem
     assert group in GROUPS
-    found = compose([f"{group}={name}"])
+    found = compose([f"{group}={name}", *COMPANIONS.get(f"{group}/{name}", [])])
     assert found.cells
     if group == "sweep":
         assert found.sweep == name

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from workers.generators import derived_seed
 from workers.methods import finite
-from workers.rollout import Model, Reward, rollout
+from workers.rollout import Problem, Reward, rollout
 from workers.store import write_whole
 
 
@@ -47,25 +47,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: Model, reward: Reward, judge: Reward | None, prompt: str, beta: Tensor, noise: Noise, batch: int
-) -> Evaluation:
+def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -> Evaluation:
     """Sample the present control on `noise` (`batch` pictures at a time) and measure it; meanings: workers/recorder.py.
 
     The KL is computed where it is sampled, control and pre-trained control on the same batch, so that an untrained
     adapter has a KL of exactly 0. Raises NotFinite when a reward or a KL is not.
     """
+    model, beta, prompt = problem.model, problem.beta, problem.prompt
     n, T = noise.y0.shape[0], model.chain.T
     kls = torch.zeros(T, n, device=model.device, dtype=model.dtype)
 
     def measure(k: int, rows: slice, y: Tensor, u: Tensor) -> None:
         kls[k, rows] = model.chain.step_kl(k, u, model.control(k, y, adapted=False))
 
-    final = rollout(model, noise.y0, noise.W, batch, each=measure).y[-1]
+    final = rollout(model, problem.start(noise.y0), noise.W, batch, each=measure).y[-1]
     images = torch.cat([model.decode(part) for part in final.split(batch)])
-    rewards = _score(reward, images, prompt, batch)
+    rewards = _score(problem.reward, images, prompt, batch)
     kls = finite("the path KL", kls).double().cpu()
-    objective = rewards - (beta[:, None] * kls).sum(0)
+    trained_on = rewards if problem.transform is None else problem.transform(rewards)
+    objective = trained_on - (beta[:, None] * kls).sum(0)
     samples = {"reward": rewards, "kl_path_nats": kls.sum(0)}
     metrics = {
         "eval/reward_mean": rewards.mean(),
@@ -77,6 +77,11 @@ def evaluate(
     if judge is not None:
         samples["judge"] = _score(judge, images, prompt, batch)
         metrics["eval/judge_mean"] = samples["judge"].mean()
+    if problem.transform is not None:
+        metrics["eval/reward_transformed_mean"] = trained_on.mean()
+    if problem.initial is not None:
+        metrics["eval/kl_initial_nats"] = problem.initial.kl().cpu()
+        metrics["eval/objective"] -= problem.beta_initial * metrics["eval/kl_initial_nats"]
     metrics |= {f"eval/kl_step/{k:02d}": kls[k].mean() for k in range(T)}
     return Evaluation(
         metrics={name: float(value) for name, value in metrics.items()},

@@ -5,6 +5,7 @@
     replay         which transitions a gradient step takes from the replay buffer
     value_init     initial weights of a value network
     value_batch    which transitions train it
+    normaliser     samples of the pre-trained model that solve a regulariser's normaliser
 
 Evaluation noise is not among them: it depends on the prompt alone (see evaluate.py), so that all cells share it.
 Numbers are drawn on the CPU and then moved, so that a seed means the same on every device.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-NAMES = ("lora_init", "rollout", "replay", "value_init", "value_batch")
+NAMES = ("lora_init", "rollout", "replay", "value_init", "value_batch", "normaliser")
 
 
 def derived_seed(*parts: object) -> int:

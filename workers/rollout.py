@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from workers.core.chain import Chain
 from workers.generators import Generators
+from workers.initial_law import GaussianInitialLaw
+
+if TYPE_CHECKING:
+    from workers.known import Known
 
 
 class Model(Protocol):
@@ -41,13 +45,16 @@ class Model(Protocol):
 class TrainedModel(Model, Protocol):
     """What the runner needs of a model besides: its adapter, in memory and on disk."""
 
+    pictures: bool
+    """Whether `decode` gives pictures; elsewhere the latents are what is rewarded."""
+
     def state_dict(self) -> dict[str, Tensor]: ...
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
     def save_adapter(self, folder: Path) -> None: ...
 
 
 class Reward(Protocol):
-    """Pictures (B, 3, H, W) in [0, 1] and their prompts to rewards (B,)."""
+    """Pictures (B, 3, H, W) in [0, 1] (of models without pictures: the latents) and their prompts to rewards (B,)."""
 
     differentiable: bool
 
@@ -92,6 +99,30 @@ class Problem:
     micro_batch: int
     generators: Generators
     budget: Budget
+    initial: GaussianInitialLaw | None = None
+    """The learned law of Y_0, None where it is N(0, I)."""
+    transform: Callable[[Tensor], Tensor] | None = None
+    """Rewards (N,) to the rewards that are trained on, for a regulariser other than kl."""
+    known: Known | None = None
+    """What is known of the optimum, where anything is."""
+    lr_factor: float = 1.0
+    """What the present gradient step's size is multiplied by (train.lr_schedule); the runner sets it."""
+
+    @property
+    def beta_initial(self) -> float:
+        """The weight of the initial law's KL: the first step's beta."""
+        return float(self.beta[0])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained: the model's adapter, then the initial law."""
+        return self.model.parameters() + (self.initial.parameters() if self.initial else [])
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Y_0 (N, *latent) from standard normal noise."""
+        if self.initial is None:
+            return noise
+        with torch.no_grad():
+            return self.initial(noise)
 
     @property
     def chain(self) -> Chain:
@@ -100,14 +131,15 @@ class Problem:
     def sample(self) -> Trajectories:
         """`trajectories` chains under the present control, from the generator `rollout`."""
         shape = (self.trajectories, *self.model.latent_shape)
-        y0 = self.generators.normal("rollout", shape)
+        y0 = self.start(self.generators.normal("rollout", shape))
         W = self.generators.normal("rollout", (self.chain.T, *shape))
         return rollout(self.model, y0, W, self.micro_batch)
 
     def score(self, y: Tensor) -> Tensor:
-        """Rewards (N,) of final latents; counted as queries; differentiable if the reward is."""
+        """The rewards to train on, (N,), of final latents; counted as queries; differentiable if the reward is."""
         self.budget.reward_queries += len(y)
-        return self.reward(self.model.decode(y), [self.prompt] * len(y))
+        rewards = self.reward(self.model.decode(y), [self.prompt] * len(y))
+        return rewards if self.transform is None else self.transform(rewards)
 
     def step_kls(self, kls: Tensor) -> Tensor:
         """(T, N) step KLs weighted by beta_k."""

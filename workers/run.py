@@ -26,12 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from workers.core.chain import beta_steps
+from workers.core.divergence import NotPositive
 from workers.evaluate import evaluate, fixed_noise, save_strip
 from workers.generators import Generators
+from workers.initial_law import GaussianInitialLaw
+from workers.known import known_of
 from workers.methods import Method, NotFinite
 from workers.recorder import Journal, read_journal
+from workers.regularise import Regulariser, calibrate, restore
 from workers.rollout import Budget, Problem, Reward, TrainedModel
 from workers.spec import TrialSpec, locate, settings
 from workers.store import TrialFolder, read_json, sha256, write_json, write_whole
@@ -58,6 +63,7 @@ class Trial:
     problem: Problem
     method: Method
     generators: Generators
+    regulariser: Regulariser | None = None
     step: int = 0
 
 
@@ -71,15 +77,30 @@ def build(spec: TrialSpec, folder: TrialFolder, device: str) -> Trial:
         model=model,
         reward=reward,
         prompt=spec.prompt,
-        beta=beta_steps(model.chain, spec.beta, spec.beta_schedule),
+        beta=beta_of(spec, model, reward),
         trajectories=spec.train.trajectories,
         micro_batch=spec.train.micro_batch,
         generators=generators,
         budget=Budget(),
+        initial=initial_law_of(spec, model),
     )
     method_class = locate(spec.method["_target_"])
     method = method_class(problem, method_class.Config(**settings(spec.method)))
     return Trial(spec, folder, model, reward, judge, problem, method, generators)
+
+
+def beta_of(spec: TrialSpec, model: Any, reward: Reward) -> Tensor:
+    """beta_k, float64 (T,)."""
+    if spec.beta_schedule == "contraction":
+        return model.contraction_beta(reward, spec.beta, spec.beta_rate)
+    return beta_steps(model.chain, spec.beta, spec.beta_schedule)
+
+
+def initial_law_of(spec: TrialSpec, model: TrainedModel) -> GaussianInitialLaw | None:
+    """The learned law of Y_0 that a spec asks for, untrained."""
+    return (
+        GaussianInitialLaw(model.latent_shape, model.device, model.dtype) if spec.initial_law == "gaussian" else None
+    )
 
 
 def build_model(spec: TrialSpec, generators: Generators, device: str) -> Any:
@@ -144,18 +165,29 @@ def _train(
         """Evaluate at the present step and journal it together with the step's training metrics."""
         if trial.step <= journal.last_step:
             return
-        found = evaluate(
-            trial.model, trial.reward, trial.judge, spec.prompt, trial.problem.beta, noise, spec.train.micro_batch
-        )
-        picture = folder.picture(trial.step)
-        save_strip(found.images[: spec.eval.pictures], picture)
-        journal.write(trial.step, {**metrics, **found.metrics}, found.samples, str(picture.relative_to(folder.root)))
+        found = evaluate(trial.problem, trial.judge, noise, spec.train.micro_batch)
+        exact = {} if trial.problem.known is None else trial.problem.known.metrics()
+        if trial.regulariser is not None and trial.step == 0:
+            rewards = torch.tensor(found.samples["reward"], dtype=torch.float64)
+            exact |= trial.regulariser.metrics | {"regulariser/normaliser_error": trial.regulariser.error(rewards)}
+        strip = None
+        if trial.model.pictures:
+            picture = folder.picture(trial.step)
+            save_strip(found.images[: spec.eval.pictures], picture)
+            strip = str(picture.relative_to(folder.root))
+        journal.write(trial.step, {**metrics, **found.metrics, **exact}, found.samples, strip)
 
-    if not _load_checkpoint(trial):
+    resumed = _load_checkpoint(trial)
+    if not resumed and spec.regulariser != "kl":
+        trial.regulariser = calibrate(spec, trial.problem)
+    trial.problem.transform = trial.regulariser
+    trial.problem.known = known_of(trial.problem)
+    if not resumed:
         measure(trial.problem.budget.metrics())
     progress.step = trial.step
 
     while trial.step < spec.train.gradient_steps:
+        trial.problem.lr_factor = spec.train.lr_factor(trial.step)
         metrics = trial.method.step() | trial.problem.budget.metrics()
         trial.step = progress.step = trial.step + 1
         last = trial.step == spec.train.gradient_steps
@@ -180,6 +212,8 @@ def _save_checkpoint(trial: Trial) -> None:
         "method": trial.method.state_dict(),
         "generators": trial.generators.state_dict(),
         "budget": vars(trial.problem.budget),
+        "initial_law": None if trial.problem.initial is None else trial.problem.initial.state_dict(),
+        "regulariser": None if trial.regulariser is None else trial.regulariser.state_dict(),
     }
     write_whole(trial.folder.checkpoint, lambda temporary: torch.save(state, temporary))
 
@@ -193,6 +227,10 @@ def _load_checkpoint(trial: Trial) -> bool:
     trial.method.load_state_dict(state["method"])
     trial.generators.load_state_dict({name: value.cpu() for name, value in state["generators"].items()})
     vars(trial.problem.budget).update(state["budget"])
+    if trial.problem.initial is not None:
+        trial.problem.initial.load_state_dict(state["initial_law"])
+    if state.get("regulariser") is not None:
+        trial.regulariser = restore(trial.spec, state["regulariser"])
     trial.step = state["step"]
     return True
 
@@ -201,6 +239,8 @@ def _finish(trial: Trial, started: float, device: str, attempt: int) -> None:
     """Save the adapter, then DONE.json, last: its presence means that everything it names is whole."""
     folder = trial.folder
     trial.model.save_adapter(folder.adapter)
+    if trial.problem.initial is not None:
+        trial.problem.initial.save(folder.adapter)
     records = [record for record in read_journal(folder.journal) if "samples" in record]
     files = [folder.spec, folder.journal, *sorted(folder.adapter.glob("*"))]
     write_json(
@@ -226,6 +266,8 @@ def _failure(folder: TrialFolder, spec: TrialSpec, step: int, error: Exception) 
     kind, state = "bug", "failed"
     if isinstance(error, NotFinite):
         kind, state = "diverged", "diverged"
+    elif isinstance(error, NotPositive):
+        kind = "regulariser"
     elif isinstance(error, torch.OutOfMemoryError):
         kind = "out_of_memory"
     elif isinstance(error, OSError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from workers.evaluate import fixed_noise, save_strip
 from workers.generators import Generators
 from workers.rollout import rollout
-from workers.run import build_model
+from workers.run import build_model, initial_law_of
 from workers.spec import TrialSpec
 from workers.store import write_whole
 
@@ -30,8 +30,11 @@ def draw(spec: Mapping[str, Any], adapter: Path, n: int, device: str = "cpu") ->
     model = build_model(checked, Generators(checked.seed), device)
     model.load_adapter(adapter)
     noise = fixed_noise(checked.prompt, n, model.chain.T, model.latent_shape)
-    batch = checked.train.micro_batch
-    tuned = rollout(model, noise.y0, noise.W, batch).y[-1]
+    batch, y0, law = checked.train.micro_batch, noise.y0, initial_law_of(checked, model)
+    if law is not None:
+        law.load(adapter)
+        y0 = law(noise.y0)
+    tuned = rollout(model, y0, noise.W, batch).y[-1]
     model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})
     base = rollout(model, noise.y0, noise.W, batch).y[-1]
     return tuple(torch.cat([model.decode(part) for part in final.split(batch)]) for final in (base, tuned))  # type: ignore[return-value]

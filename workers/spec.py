@@ -13,13 +13,16 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 SCHEMA = 1
 """Raised when the meaning of a field changes, so that old results are never taken for new ones."""
 
-BETA_SCHEDULES = ("constant", "sigma_squared")
+BETA_SCHEDULES = ("constant", "sigma_squared", "contraction")
+INITIAL_LAWS = ("fixed", "gaussian")
+LR_SCHEDULES = ("constant", "linear", "cosine")
 COMPONENTS = ("model", "reward", "judge", "method")
 
 
@@ -106,12 +109,14 @@ class Lora:
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """The budget: optimiser steps, trajectories per sampling, and how they are cut up (`micro_batch` transitions at
-    once). `checkpoint_every` (gradient steps) is not part of the identity."""
+    once). `checkpoint_every` (gradient steps) is not part of the identity. `lr_schedule`: what becomes of a method's
+    step size over the gradient steps: it stays, or falls to 0 on a line or half a cosine."""
 
     gradient_steps: int
     trajectories: int
     micro_batch: int
     checkpoint_every: int
+    lr_schedule: str = "constant"
 
     def problems(self) -> list[str]:
         return (
@@ -119,7 +124,15 @@ class Train:
             + integer("train.trajectories", self.trajectories, 2, "trajectories sampled at a time")
             + integer("train.micro_batch", self.micro_batch, 1, "transitions in one network pass")
             + integer("train.checkpoint_every", self.checkpoint_every, 1, "gradient steps between checkpoints")
+            + choice("train.lr_schedule", self.lr_schedule, LR_SCHEDULES)
         )
+
+    def lr_factor(self, step: int) -> float:
+        """What the step size is multiplied by after `step` gradient steps."""
+        left = 1 - step / self.gradient_steps
+        if self.lr_schedule == "linear":
+            return left
+        return (1 - math.cos(math.pi * left)) / 2 if self.lr_schedule == "cosine" else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +163,8 @@ class TrialSpec:
     beta: float
     """Weight of the path KL (nats, summed over dimensions) in J, the same for every method."""
     beta_schedule: str | tuple[float, ...]
-    """beta_t / beta: "constant", "sigma_squared" (proportional to sigma_t^2, mean one) or T positive numbers."""
+    """beta_t / beta: "constant", "sigma_squared" (proportional to sigma_t^2, mean one) or T positive numbers; or
+    "contraction": beta_t = max(beta, what makes eq. 18 contract by `beta_rate` at step t), where that is known."""
     seed: int
     model: Mapping[str, Any]
     reward: Mapping[str, Any]
@@ -161,7 +175,15 @@ class TrialSpec:
     train: Train
     eval: Evaluation
     regulariser: str = "kl"
+    """The f-divergence that beta weighs; other than kl: through a change of reward (workers/core/divergence.py)."""
     initial_law: str = "fixed"
+    """The law of Y_0: "fixed", N(0, I), or "gaussian", a learned diagonal one whose KL costs beta_0 a nat."""
+    beta_rate: float | None = None
+    """The rate of beta_schedule "contraction"."""
+    regulariser_order: float | None = None
+    """The order of the regularisers alpha and gamma."""
+    regulariser_samples: int = 256
+    """Samples of the pre-trained model that solve the normaliser of a regulariser other than kl."""
     schema: int = SCHEMA
 
     @classmethod
@@ -173,7 +195,7 @@ class TrialSpec:
             for name in values
             if name not in known
         ]
-        needed = {field.name for field in fields(cls) if field.name not in ("regulariser", "initial_law", "schema")}
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
         problems += [f"{name} is missing" for name in sorted(needed - set(values))]
         if problems:
             raise SpecError(problems)
@@ -185,7 +207,8 @@ class TrialSpec:
             raise SpecError(problems)
         if isinstance(content["beta_schedule"], list):
             content["beta_schedule"] = tuple(content["beta_schedule"])
-        content["beta"] = _plain(content["beta"], real=True)
+        for name in ("beta", "beta_rate", "regulariser_order"):
+            content[name] = _plain(content.get(name), real=True)
         spec = cls(**content)
         problems = spec.problems()
         if problems:
@@ -202,8 +225,8 @@ class TrialSpec:
         found += number("beta", self.beta, 0, "the weight of the path KL in J", open_low=True)
         found += self._schedule_problems()
         found += integer("seed", self.seed, 0, "the seed of every named generator", 2**31 - 1)
-        found += choice("regulariser", self.regulariser, ("kl",))
-        found += choice("initial_law", self.initial_law, ("fixed",))
+        found += choice("initial_law", self.initial_law, INITIAL_LAWS)
+        found += self._regulariser_problems()
         if self.schema != SCHEMA:
             found.append(f"schema={self.schema} was written by another version; this one reads {SCHEMA}")
         for group in (self.sampler, self.lora, self.train, self.eval):
@@ -217,6 +240,14 @@ class TrialSpec:
         return found
 
     def _schedule_problems(self) -> list[str]:
+        if self.beta_schedule == "contraction":
+            why = "the contraction rate that beta_t is chosen for"
+            return number("beta_rate", self.beta_rate, 0, why, high=1 - 1e-9, open_low=True, example=0.5)
+        if self.beta_rate is not None:
+            return [
+                f"beta_rate={self.beta_rate!r} means nothing with beta_schedule={self.beta_schedule}; write "
+                "beta.schedule=contraction, or leave beta.rate out"
+            ]
         if isinstance(self.beta_schedule, str):
             return choice("beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         found = []
@@ -227,6 +258,18 @@ class TrialSpec:
             )
         for value in self.beta_schedule:
             found += number("beta_schedule", value, 0, "a multiplier of beta", open_low=True, example=1.0)
+        return found
+
+    def _regulariser_problems(self) -> list[str]:
+        from workers.core.divergence import order_problems
+
+        found = order_problems(self.regulariser, self.regulariser_order)
+        found += integer("regulariser_samples", self.regulariser_samples, 16, "samples that solve the normaliser")
+        if self.regulariser != "kl" and self.beta_schedule != "constant":
+            found.append(
+                f"regulariser={self.regulariser} works through one beta and beta_schedule={self.beta_schedule} has "
+                "several; write beta.schedule=constant"
+            )
         return found
 
     def _component_problems(self, field: str, component: Mapping[str, Any]) -> list[str]:
@@ -252,7 +295,21 @@ class TrialSpec:
             content["eval"]["every"],
             content["eval"]["pictures"],
         )
+        if self.train.lr_schedule == "constant":
+            del content["train"]["lr_schedule"]
+        for name in self._idle():
+            del content[name]
         return content
+
+    def _idle(self) -> list[str]:
+        """The fields that decide nothing here; those of trials that were named before the fields existed, too."""
+        idle = [name for name in ("beta_rate", "regulariser_order") if getattr(self, name) is None]
+        if self.regulariser == "kl":
+            idle.append("regulariser_samples")
+        with suppress(ImportError, AttributeError, ValueError):  # a class of another machine's: all models but few have
+            if not getattr(locate(self.model["_target_"]), "has_adapter", True):
+                idle.append("lora")
+        return idle
 
     @property
     def key(self) -> str:
@@ -273,7 +330,8 @@ def _group(name: str, group: type, values: Any) -> tuple[Any, list[str]]:
     problems = [
         f"{name}.{key} is not a setting; known: {', '.join(sorted(known))}" for key in values if key not in known
     ]
-    problems += [f"{name}.{key} is missing" for key in sorted(known - set(values))]
+    needed = {field.name for field in fields(group) if field.default is MISSING}
+    problems += [f"{name}.{key} is missing" for key in sorted(needed - set(values))]
     if problems:
         return None, problems
     real = {field.name for field in fields(group) if field.type == "float"}

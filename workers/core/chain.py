@@ -107,6 +107,19 @@ def ddim_chain(abar: Tensor, timesteps: Tensor, previous: Tensor, final_abar: fl
     return Chain(A=A, B=B, sigma=sigma, abar=start, abar_prev=end, timesteps=timesteps.long())
 
 
+def ddpm_chain(abar: Tensor) -> Chain:
+    """The paper's chain with sigma_k^2 = 1 - alpha_k (DDPM's "fixed large" variance, no step without noise).
+
+    `abar` (T + 1,) float64: signal variances from the first state to the last, in generation order.
+    """
+    start, end = abar[:-1].double(), abar[1:].double()
+    alpha = start / end
+    return Chain(
+        A=1 / alpha.sqrt(), B=(1 - alpha) / alpha.sqrt(), sigma=(1 - alpha).sqrt(), abar=start, abar_prev=end,
+        timesteps=torch.arange(len(alpha)),
+    )  # fmt: skip
+
+
 def score_from_eps(chain: Chain, k: int | Tensor, eps: Tensor) -> Tensor:
     """u = -eps / sqrt(1 - abar): the control that a noise prediction stands for, shape of eps."""
     return -eps / at((1 - chain.abar).sqrt(), k, eps)

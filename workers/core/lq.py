@@ -23,7 +23,7 @@ what DPOK's policy gradient as published does; the result is its fixed point, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -414,8 +414,12 @@ def iterate(
         rows.append((K, k, Q, q, c))
         steps.append(step)
     found = _solution(lq, initial_law, rows, [step.kappa for step in steps])
-    eta, factor = (torch.tensor([getattr(s, name) for s in steps[::-1]]).double() for name in ("eta", "factor"))
+    eta, factor = (_float64(getattr(step, name) for step in steps[::-1]) for name in ("eta", "factor"))
     return Iterated(**vars(found), errors=errors, eta=eta, factor=factor, rate=rates)
+
+
+def _float64(values: Iterable[float]) -> Tensor:
+    return torch.tensor([*values], dtype=torch.float64)
 
 
 def _eq_18(lq: LinearQuadratic, t: int, K: Tensor, k: Tensor, Q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,16 +47,22 @@ def check_config(config: type, spec: TrialSpec) -> list[str]:
 
 
 def optimiser(problem: Problem, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the adapter, with torch's defaults (betas .9, .999; eps 1e-8), one fused pass over all parameters."""
-    return torch.optim.AdamW(problem.model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    """AdamW over all that is trained, with torch's defaults (betas .9, .999; eps 1e-8), in one fused pass."""
+    return torch.optim.AdamW(problem.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
 
 class NotFinite(ArithmeticError):
     """A loss, gradient or reward is not finite: the trial has diverged, and the optimiser has not moved."""
 
 
-def clip_and_step(adam: torch.optim.Optimizer, parameters: list[nn.Parameter], max_grad_norm: float | None) -> float:
-    """Clip the gradient to `max_grad_norm` (L2, None = leave it), move, clear; returns the norm before clipping.
+def clip_and_step(
+    adam: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    max_grad_norm: float | None,
+    lr_factor: float = 1.0,
+) -> float:
+    """Clip the gradient to `max_grad_norm` (L2, None = leave it), move by `lr_factor` times the step size (see
+    train.lr_schedule), clear; returns the norm before clipping.
 
     Raises NotFinite before anything moves.
     """
@@ -65,6 +71,8 @@ def clip_and_step(adam: torch.optim.Optimizer, parameters: list[nn.Parameter], m
         raise NotFinite(f"the gradient's norm is {norm.item()}")
     if max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    for group in adam.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * lr_factor
     adam.step()
     adam.zero_grad(set_to_none=True)
     return float(norm)

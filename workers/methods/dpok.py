@@ -24,6 +24,9 @@ As published, the gradient leaves out what an action does to later KL terms, so 
 (design notes, section 6). `future_kl` puts them in: the reward of transition k becomes the reward-to-go
 r - sum_{j>k} beta_j KL_j, and the method's expected gradient on fresh data is that of J.
 
+With initial_law=gaussian, Y_0 is one more action: its chains of the newest sampling enter every gradient step with the
+same ratio, clip and 1/d, and weigh as much as one of the T transitions of a chain. DPOK itself has no such law.
+
 What differs from the official code: one prompt per trial, so the value network sees latent and time but no text.
 """
 
@@ -141,6 +144,7 @@ class DPOK:
         self.adam = optimiser(problem, config.lr, config.weight_decay)
         self.inner = 0
         self.replay = Replay(config.buffer, {})
+        self.starts: dict[str, Tensor] = {}
         self.sampled: dict[str, float] = {}
         self.weight = kl_weights(problem.chain, problem.beta, config.kl)
         self.value: Value | None = None
@@ -166,7 +170,10 @@ class DPOK:
                 self._sample()
             batch = self.replay.draw(self.config.batch, self.problem.generators["replay"])
             loss, clipped = self._policy_gradient(batch)
-            norm = clip_and_step(self.adam, self.problem.model.parameters(), self.config.max_grad_norm)
+            loss += self._start_gradient()
+            norm = clip_and_step(
+                self.adam, self.problem.parameters(), self.config.max_grad_norm, self.problem.lr_factor
+            )
         self.inner = (self.inner + 1) % self.config.inner_steps
         return {**self.sampled, "train/loss": loss, "train/grad_norm": norm, "dpok/clip_fraction": clipped}
 
@@ -186,6 +193,10 @@ class DPOK:
         self.replay.add(
             k=steps[rows], y=y[rows], y_next=y_next[rows], s=s[rows], log_p=log_p, goal=goal.flatten()[rows]
         )
+        if problem.initial is not None:
+            total = rewards - problem.step_kls(kls).sum(0) if self.config.future_kl else rewards
+            y0 = trajectories.y[0]
+            self.starts = {"y0": y0, "log_q": problem.initial.log_prob(y0).detach(), "goal": total}
         self.sampled = {"train/reward_mean": rewards.mean().item(), "train/kl_path_nats": kls.sum(0).mean().item()}
         if self.value is not None:
             self.sampled["dpok/value_loss"] = self._fit_value(self.value)
@@ -228,12 +239,29 @@ class DPOK:
         problem.budget.transition_gradients += count
         return finite("the loss", total).item(), clipped / count
 
+    def _start_gradient(self) -> float:
+        """Add the gradient of the initial law's share of the loss to .grad; returns it."""
+        law = self.problem.initial
+        if law is None:
+            return 0.0
+        y0, goal, limit = self.starts["y0"], self.starts["goal"], self.config.clip_nats / self.d
+        advantage = goal - (goal.sum() - goal) / (len(goal) - 1)
+        ratio = torch.exp((law.log_prob(y0) - self.starts["log_q"]) / self.d).clamp(1 - limit, 1 + limit)
+        share = self.config.reward_weight / int(self.problem.chain.controlled.sum())
+        loss = share * (self.problem.beta_initial * law.kl() / self.d - (advantage * ratio).mean())
+        loss.backward()
+        return finite("the loss", loss.detach()).item()
+
     def _units(self) -> dict[str, float]:
         """Native and effective values of the penalty and the clip (design notes, section 6)."""
         chain, keep = self.problem.chain, self.problem.chain.controlled
         effective = (self.weight[keep] / chain.w[keep]).log()
         native = self.weight[keep] / (1 - chain.abar[keep]) * self.config.reward_weight
-        return {
+        known = self.problem.known
+        found: dict[str, float] = {}
+        if known is not None and self.config.kl == "nats" and not self.config.future_kl:
+            found = {} if known.gap_fixed_point is None else {"dpok/gap_fixed_point": known.gap_fixed_point}
+        return found | {
             "dpok/native_kl_weight": native.mean().item(),
             "dpok/native_clip": self.config.clip_nats / self.d,
             "dpok/log_beta_effective_mean": effective.mean().item(),
@@ -247,13 +275,14 @@ class DPOK:
             "inner": self.inner,
             "sampled": self.sampled,
             "replay": self.replay.columns,
+            "starts": self.starts,
             "value": value,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adam.load_state_dict(state["adam"])
         self.inner, self.sampled = state["inner"], state["sampled"]
-        self.replay.columns = dict(state["replay"])
+        self.replay.columns, self.starts = dict(state["replay"]), dict(state.get("starts", {}))
         if self.replay.columns:
             self.replay.columns["k"] = state["replay"]["k"].cpu()  # steps index the chain's constants, which stay there
         if self.value is not None:

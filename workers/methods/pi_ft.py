@@ -16,6 +16,8 @@ J through the sampled chain, exactly for "pathwise" (tests/test_exact_gradient.p
 What differs from the paper: it leaves the estimator of its parametric version open, so both are ours; K > 1 keeps the
 sampled a_{k+1} of the first inner step (the exact iteration re-evaluates grad V at the moved state).
 
+With initial_law=gaussian the law of Y_0 is improved beside the control, by the same estimate a_0 of grad V_0(Y_0).
+
 "pathwise" recomputes one transition's graph at a time, so its memory does not grow with T. "score" never needs the
 state's gradient: transitions of many time steps share a batch.
 """
@@ -67,6 +69,10 @@ class Targets:
     s: Tensor
     a: Tensor
     """a[k] estimates grad V_{k+1}(Y_{k+1})."""
+    start: Tensor
+    """(N, *latent): estimates grad V_0(Y_0), what the law of Y_0 is improved by."""
+    noise: Tensor
+    """(N, *latent): what Y_0 was made from."""
 
 
 class PIFT:
@@ -99,7 +105,9 @@ class PIFT:
             else:
                 assert self.targets is not None
                 loss = self._regress(self.targets)
-            norm = clip_and_step(self.adam, self.problem.model.parameters(), self.config.max_grad_norm)
+            norm = clip_and_step(
+                self.adam, self.problem.parameters(), self.config.max_grad_norm, self.problem.lr_factor
+            )
         self.inner = (self.inner + 1) % self.config.inner_steps
         if self.inner == 0:
             self.targets = None
@@ -116,7 +124,7 @@ class PIFT:
     def _pathwise(self, trajectories: Trajectories) -> float:
         """The adjoint, backwards in k, chunk by chunk of chains; theta's gradient comes with it, in the same pass."""
         problem, chain = self.problem, self.problem.chain
-        a, s = torch.empty_like(trajectories.W), torch.empty_like(trajectories.W)
+        a, s, start = (torch.empty_like(x) for x in (trajectories.W, trajectories.W, trajectories.y[0]))
         kls = trajectories.W.new_zeros(trajectories.W.shape[:2])
         rewards, loss = [], 0.0
         for rows in _chunks(problem.trajectories, problem.micro_batch):
@@ -128,11 +136,31 @@ class PIFT:
                 a[k, rows] = costate
                 costate, s[k, rows], kls[k, rows], part = self._adjoint(k, trajectories.y[k, rows], costate)
                 loss += part
+            start[rows] = costate
         problem.budget.transition_gradients += int(chain.controlled.sum()) * problem.trajectories
         self._keep(torch.cat(rewards), kls)
+        targets = Targets(y=trajectories.y[:-1], s=s, a=a, start=start, noise=self._noise(trajectories))
+        loss += self._improve_start(targets)
         if self.config.inner_steps > 1:
-            self.targets = Targets(y=trajectories.y[:-1], s=s, a=a)
+            self.targets = targets
         return finite("the loss", torch.tensor(loss)).item()
+
+    def _noise(self, trajectories: Trajectories) -> Tensor:
+        y0 = trajectories.y[0]
+        return y0 if self.problem.initial is None else self.problem.initial.noise(y0)
+
+    def _improve_start(self, targets: Targets) -> float:
+        """Add the gradient of beta_0 KL(q0 || p0) - mean <grad V_0(Y_0), Y_0> to .grad, Y_0 = q0(noise); its value.
+
+        That is minus the gradient of J in the law of Y_0: exact for "pathwise", in expectation for "score".
+        """
+        law = self.problem.initial
+        if law is None:
+            return 0.0
+        pull = (targets.start * law(targets.noise)).sum() / self.problem.trajectories
+        loss = self.problem.beta_initial * law.kl() - pull
+        loss.backward()
+        return loss.item()
 
     def _adjoint(self, k: int, y: Tensor, costate: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
         """a_k from a_{k+1} by one recomputed transition: H = <a_{k+1}, mean_k(y, u)> - beta_k w_k |u - s|^2,
@@ -159,11 +187,17 @@ class PIFT:
         s = pretrained_controls(problem.model, steps, transitions(trajectories.y[:-1]), problem.micro_batch)
         kls = chain.step_kl(steps, transitions(trajectories.u), s).view(chain.T, -1)
         self._keep(rewards, kls)
-        G = rewards_to_go(rewards, problem.step_kls(kls))
+        weighted = problem.step_kls(kls)
+        G = torch.cat([(rewards - weighted.sum(0))[None], rewards_to_go(rewards, weighted)])  # from Y_0, then after k
         advantage = G - (G.sum(1, keepdim=True) - G) / (problem.trajectories - 1)
         sigma = torch.where(chain.controlled, chain.sigma, torch.ones_like(chain.sigma)).to(G)
-        scale = (advantage / sigma[:, None]).view(*advantage.shape, *([1] * len(problem.model.latent_shape)))
-        return Targets(y=trajectories.y[:-1], s=s.view_as(trajectories.W), a=scale * trajectories.W)
+        std = torch.ones_like(trajectories.y[0]) if problem.initial is None else problem.initial.log_std.detach().exp()
+        noise, ones = self._noise(trajectories), [1] * len(problem.model.latent_shape)
+        return Targets(
+            y=trajectories.y[:-1], s=s.view_as(trajectories.W),
+            a=(advantage[1:] / sigma[:, None]).view(chain.T, -1, *ones) * trajectories.W,
+            start=advantage[0].view(-1, *ones) * noise / std, noise=noise,
+        )  # fmt: skip
 
     def _regress(self, targets: Targets) -> float:
         """Leave the gradient of L at the present control in .grad; transitions of many time steps in one batch."""
@@ -180,7 +214,7 @@ class PIFT:
             part.backward()
             loss += part.detach()
         problem.budget.transition_gradients += len(chosen)
-        return finite("the loss", loss).item()
+        return finite("the loss", loss).item() + self._improve_start(targets)
 
     def _keep(self, rewards: Tensor, kls: Tensor) -> None:
         self.sampled = {"train/reward_mean": rewards.mean().item(), "train/kl_path_nats": kls.sum(0).mean().item()}

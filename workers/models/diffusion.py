@@ -52,6 +52,8 @@ class DiffusionModel:
     Raises OSError when the checkpoint cannot be loaded (a missing folder, or a hub id that is not in the cache).
     """
 
+    pictures = True
+
     def __init__(
         self,
         *,
@@ -90,6 +92,11 @@ class DiffusionModel:
     def check(spec: TrialSpec) -> list[str]:
         """Problems with model.path, model.dtype and, for toyland, with the words of the prompt."""
         path, problems = str(spec.model.get("path")), choice("model.dtype", spec.model.get("dtype"), tuple(DTYPES))
+        if spec.beta_schedule == "contraction":
+            problems.append(
+                f"beta_schedule=contraction needs the value's Lipschitz constants, which are unknown for model={path}; "
+                "write beta.schedule=sigma_squared (the same shape) or constant, or model=lq or mixture"
+            )
         if path == "toyland":
             from workers.models.toyland.text import check_words
 
