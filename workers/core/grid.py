@@ -223,6 +223,8 @@ def grid_problem(
             bounds = {"alpha": "between 0 and 1", "sigma": "at least 0", "beta": "above 0"}[name]
             t = int(np.argmin((row > low) & (row < high)))
             found.append(f"{name}[{t}]={row[t]:g} is out of range; it is finite and {bounds}")
+    if alpha.size == 0:
+        found.append("alpha is empty; give one number per step")
     if y.ndim != 1 or len(y) < 8 or not (np.diff(y) > 0).all():
         found.append("grid is not an increasing one-dimensional array of at least 8 points")
     if found:
@@ -250,7 +252,7 @@ def evaluate(problem: GridProblem, u: Array, initial: str | Array = "fixed") -> 
         kl = kl + problem.w[t] * (u[t] - problem.s[t]) ** 2
         V.append(value(problem, t, V[-1], u[t]))
     q0 = _initial_density(problem, V[-1], initial)
-    initial_kl = kl_divergence(q0, problem.base_law, problem.y) if initial != "fixed" else 0.0
+    initial_kl = 0.0 if q0 is problem.base_law else kl_divergence(q0, problem.base_law, problem.y)
     return Evaluation(
         V=np.stack(V[::-1]), objective=problem.integral(q0 * V[-1]) - float(problem.beta[0]) * initial_kl,
         expected_reward=problem.integral(q0 * reward), path_kl=problem.integral(q0 * kl), initial_kl=initial_kl,
@@ -322,11 +324,16 @@ def iterate(
 ) -> Solution:
     """Algorithm 1 on tables; see `policy_iteration`. The margin has the paper's steps."""
     m_t = _counts(inner_steps, problem.T)
+
+    def works(scale: float) -> bool:
+        scaled = replace(problem, beta=scale * problem.beta)
+        return _works(scaled, None if inner_steps is None else m_t, damping, future_kl)
+
     V = target = problem.r                                                             # V_T = r
     rows: list[tuple[Array, Step, Array, float]] = []
     for t in reversed(range(problem.T)):                                               # for t = T-1, ..., 0
         G = Smooth(problem.y, expected(problem.y, target, float(problem.sigma[t])))    #   E V_{t+1}(. + sigma W)
-        step = _step_of(problem, t, G, damping, future_kl)
+        step = _step_of(problem, t, G, damping, works)
         limit, u = fixed_point(problem, t, G), problem.s[t]                           #   u^(0) = s
         found, rate, before = [], np.full_like(u, np.nan), None
         for m in range(m_t[t] + 1):                                                    #   for m = 0, ..., m_t - 1
@@ -335,7 +342,7 @@ def iterate(
             found.append(float(error.max()))
             if m == m_t[t]:
                 break
-            new = problem.s[t] + problem.gain[t] * G(problem.mean(t, u), 1)            #     u^(m+1) = s + c E grad V
+            new = _eq_18(problem, t, G, u)                                             #     u^(m+1) = s + c E grad V
             moved, u = float(np.abs(new - u).max()), u + step.eta * (new - u)          #     (damped: part of the way)
             if inner_steps is None and moved <= tol * (1 + float(np.abs(u).max())):
                 break
@@ -382,29 +389,35 @@ def bends(problem: GridProblem, t: int, G: Smooth) -> tuple[float, float]:
     return float(found.min()), float(found.max())
 
 
-def _step_of(problem: GridProblem, t: int, G: Smooth, damping: str | float | None, future_kl: bool) -> Step:
+def _eq_18(problem: GridProblem, t: int, G: Smooth, u: Array) -> Array:
+    """s + c_t E grad V_{t+1}(A y + B u + sigma W)."""
+    return problem.s[t] + problem.gain[t] * G(problem.mean(t, u), 1)
+
+
+def _step_of(
+    problem: GridProblem, t: int, G: Smooth, damping: str | float | None, works: Callable[[float], bool]
+) -> Step:
     low, high = bends(problem, t, G)
-
-    def works(scale: float, contracting: bool = False) -> bool:
-        return _works(replace(problem, beta=scale * problem.beta), future_kl, contracting)
-
     if high >= 1:
         raise ill_posed(t, high, float(problem.beta[t]), works)
     step = choose_step(low, high, damping)
     if step is None:
-        raise diverges(t, max(-low, high), float(problem.beta[t]), lambda scale: works(scale, contracting=True))
+        raise diverges(t, max(-low, high), float(problem.beta[t]), works)
     return step
 
 
-def _works(problem: GridProblem, future_kl: bool, contracting: bool) -> bool:
-    """Whether every step of the problem is well posed (and, `contracting`, has kappa < 1)."""
+def _works(problem: GridProblem, m_t: Sequence[int] | None, damping: str | float | None, future_kl: bool) -> bool:
+    """Whether no step of Algorithm 1, with m_t inner steps (None: all it takes), is ill-posed or would diverge."""
     V = target = problem.r
     for t in reversed(range(problem.T)):
         G = Smooth(problem.y, expected(problem.y, target, float(problem.sigma[t])))
         low, high = bends(problem, t, G)
-        if high >= 1 or (contracting and low <= -1):
+        step = choose_step(low, high, damping) if high < 1 else None
+        if step is None:
             return False
-        u = fixed_point(problem, t, G)
+        u = fixed_point(problem, t, G) if m_t is None else problem.s[t]
+        for _ in range(0 if m_t is None else m_t[t]):
+            u = u + step.eta * (_eq_18(problem, t, G, u) - u)
         V = value(problem, t, V, u)
         target = V if future_kl else G(problem.mean(t, u))
     return True

@@ -56,6 +56,14 @@ def ill_posed(t: int, kappa: float, beta: float, works: Callable[[float], bool])
     )
 
 
+def no_tilt(t: int, share: float, beta: float, works: Callable[[float], bool]) -> IllPosed:
+    """The error for a law of Y_t that e^(V_t/beta) cannot tilt: its normaliser is infinite."""
+    return IllPosed(
+        f"the law of Y_t, t={t}, cannot be tilted by e^(V_t/beta): Cov(Y_t) Hess V_t / beta reaches kappa={share:.4g} "
+        f">= 1 at beta={beta:.4g}, so that its normaliser is infinite; {_advice(beta, works)}"
+    )
+
+
 def diverges(t: int, kappa: float, beta: float, works: Callable[[float], bool]) -> Diverges:
     """The error for step t, where the chosen step of eq. 18 would diverge."""
     return Diverges(

@@ -23,14 +23,14 @@ what DPOK's policy gradient as published does; the result is its fixed point, no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.core.iteration import Step, choose_step, diverges, ill_posed
+from workers.core.iteration import Step, choose_step, diverges, ill_posed, no_tilt
 
 INITIAL_LAWS = ("fixed", "tilted")
 
@@ -187,14 +187,14 @@ def gaussian_problem(
     m, S0 = _row("data_mean", data_mean), _square("data_cov", data_cov)
     Q, q = _square("reward_Q", reward_Q), _row("reward_q", reward_q)
     beta = _row("beta", beta).expand(len(alpha)) if _row("beta", beta).numel() == 1 else _row("beta", beta)
-    _check(alpha, sigma, beta, m, S0, Q, q)
+    c = _row("reward_c", reward_c)
+    _check(alpha, sigma, beta, m, S0, Q, q, c)
     abar = alpha.flip(0).cumprod(0).flip(0)
     eye = torch.eye(len(q), dtype=torch.float64)
     P = torch.linalg.inv(abar[:, None, None] * S0 + (1 - abar)[:, None, None] * eye)
     return LinearQuadratic(
         A=1 / alpha.sqrt(), B=(1 - alpha) / alpha.sqrt(), sigma=sigma, beta=beta, P=P, p=abar.sqrt()[:, None] * (P @ m),
-        Q=(Q + Q.T) / 2, q=q, c=torch.as_tensor(reward_c, dtype=torch.float64).reshape(()), mean=torch.zeros_like(q),
-        cov=eye,
+        Q=(Q + Q.T) / 2, q=q, c=c[0], mean=torch.zeros_like(q), cov=eye,
     )  # fmt: skip
 
 
@@ -214,8 +214,16 @@ def _square(name: str, value: Any) -> Tensor:
     return square
 
 
-def _check(alpha: Tensor, sigma: Tensor, beta: Tensor, m: Tensor, S0: Tensor, Q: Tensor, q: Tensor) -> None:
-    T, d, found = len(alpha), len(q), []
+def _check(
+    alpha: Tensor, sigma: Tensor, beta: Tensor, m: Tensor, S0: Tensor, Q: Tensor, q: Tensor, c: Tensor
+) -> None:
+    T, d = len(alpha), len(q)
+    named = (("data_mean", m), ("data_cov", S0), ("reward_Q", Q), ("reward_q", q), ("reward_c", c))
+    found = [f"{name} is not finite" for name, value in named if not bool(value.isfinite().all())]
+    if T == 0:
+        found.append("alpha is empty; give one number per step")
+    if len(c) != 1:
+        found.append(f"reward_c has {len(c)} numbers; it is one")
     for name, row, low, high in (("alpha", alpha, 0, 1), ("sigma", sigma, -1e-300, None), ("beta", beta, 0, None)):
         if len(row) != T:
             found.append(f"{name} has {len(row)} numbers but alpha has {T}; give one per step")
@@ -227,10 +235,14 @@ def _check(alpha: Tensor, sigma: Tensor, beta: Tensor, m: Tensor, S0: Tensor, Q:
         found.append(
             f"the dimensions differ: data_mean {len(m)}, data_cov {len(S0)}, reward_Q {len(Q)}, reward_q {d}"
         )
-    elif not bool((torch.linalg.eigvalsh((S0 + S0.T) / 2) >= 0).all()) or not torch.allclose(S0, S0.T):
+    elif bool(S0.isfinite().all()) and not _is_covariance(S0):
         found.append("data_cov is not a covariance: it must be symmetric with no negative eigenvalue")
     if found:
         raise ValueError("; ".join(found))
+
+
+def _is_covariance(S: Tensor) -> bool:
+    return torch.allclose(S, S.T) and bool((torch.linalg.eigvalsh(S) >= -1e-12 * S.abs().max()).all())
 
 
 # ------------------------------------------------------------------------------------------------------ Bellman steps
@@ -286,43 +298,49 @@ def optimum(lq: LinearQuadratic, initial_law: str = "fixed", future_kl: bool = T
     future_kl=False: DPOK's fixed point instead; Q, q, c are then the expected reward-to-go, kappa its contraction.
     initial_law="tilted": Y_0 is controlled too, q0 ~ p0 e^{V_0/beta_0}. Raises IllPosed.
     """
+    def first_Q(other: LinearQuadratic) -> Tensor | None:
+        return _optimal_Q(other, future_kl)
+
     rows: list[Row] = []
     Q, q, c, kappa = lq.Q, lq.q, lq.c, []
     for t in reversed(range(lq.T)):
         low, high = _spectrum(lq, t, Q)
         if high >= 1:
-            raise ill_posed(t, high, float(lq.beta[t]), lambda scale: _is_well_posed(_scaled(lq, scale), future_kl))
+            raise ill_posed(t, high, float(lq.beta[t]), lambda scale: first_Q(_scaled(lq, scale)) is not None)
         kappa.append(max(abs(low), abs(high)))
         K, k = _best(lq, t, Q, q)
         Q, q, c = maximised(lq, t, Q, q, c) if future_kl else _evaluated(lq, t, K, k, Q, q, c, priced=False)
         rows.append((K, k, Q, q, c))
-    return _solution(lq, initial_law, rows, kappa)
+    return _solution(lq, initial_law, rows, kappa, first_Q)
 
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """(K_t, k_t, Q_t, q_t, c_t); lists of them run backwards in t."""
 
 
-def _is_well_posed(lq: LinearQuadratic, future_kl: bool = True) -> bool:
+def _optimal_Q(lq: LinearQuadratic, future_kl: bool = True) -> Tensor | None:
+    """Q_0 of the optimum (of DPOK's fixed point); None where some step is ill-posed."""
     Q, q, c = lq.Q, lq.q, lq.c
     for t in reversed(range(lq.T)):
         if _spectrum(lq, t, Q)[1] >= 1:
-            return False
+            return None
         if future_kl:
             Q, q, c = maximised(lq, t, Q, q, c)
         else:
             Q, q, c = _evaluated(lq, t, *_best(lq, t, Q, q), Q, q, c, priced=False)
-    return True
+    return Q
 
 
 def _scaled(lq: LinearQuadratic, scale: float) -> LinearQuadratic:
     return replace(lq, beta=scale * lq.beta)
 
 
-def _solution(lq: LinearQuadratic, initial_law: str, rows: Sequence[Row], kappa: Sequence[float]) -> Solution:
+def _solution(
+    lq: LinearQuadratic, initial_law: str, rows: Sequence[Row], kappa: Sequence[float], first_Q: FirstQ
+) -> Solution:
     K, k, Q, q, c = (torch.stack(column[::-1]) for column in zip(*rows, strict=True))
     Q, q, c = (torch.cat([v, end[None]]) for v, end in ((Q, lq.Q), (q, lq.q), (c, lq.c)))
-    law = tilted_initial_law(lq, Q[0], q[0]) if initial_law == "tilted" else Law(lq.mean, lq.cov)
+    law = tilted_initial_law(lq, Q[0], q[0], first_Q) if initial_law == "tilted" else Law(lq.mean, lq.cov)
     if initial_law not in INITIAL_LAWS:
         raise ValueError(f"initial_law={initial_law!r} is not known; choose one of {', '.join(INITIAL_LAWS)}")
     worth = evaluate(lq, Affine(K, k), law)
@@ -332,27 +350,37 @@ def _solution(lq: LinearQuadratic, initial_law: str, rows: Sequence[Row], kappa:
     )  # fmt: skip
 
 
-def tilted_initial_law(lq: LinearQuadratic, Q: Tensor, q: Tensor) -> Law:
+FirstQ = Callable[[LinearQuadratic], Tensor | None]
+"""Q_0 of a problem with another beta, None where it cannot be solved: how errors find the smallest beta that works."""
+
+
+def tilted_initial_law(lq: LinearQuadratic, Q: Tensor, q: Tensor, first_Q: FirstQ = _optimal_Q) -> Law:
     """q0 ~ p0 e^{V_0/beta_0} for V_0 = (Q, q): the best law of Y_0 when KL(q0 || p0) costs beta_0 a nat.
 
     Raises IllPosed where e^{V_0/beta_0} has no expectation under p0.
     """
-    precision = torch.linalg.inv(lq.cov)
-    sharper = precision - Q / lq.beta[0]
-    if float(torch.linalg.eigvalsh(sharper)[0]) <= 0:
-        raise ill_posed(
-            0, float(torch.linalg.eigvalsh(lq.cov @ Q / lq.beta[0])[-1]), float(lq.beta[0]),
-            lambda scale: _initial_works(_scaled(lq, scale)),
-        )  # fmt: skip
-    cov = torch.linalg.inv(sharper)
-    return Law(cov @ (precision @ lq.mean + q / lq.beta[0]), cov)
+
+    def works(scale: float) -> bool:
+        other = _scaled(lq, scale)
+        found = first_Q(other)
+        return found is not None and _largest_share(Law(lq.mean, lq.cov), found, other.beta[0]) < 1
+
+    return _tilted(0, Law(lq.mean, lq.cov), Q, q, lq.beta[0], works)
 
 
-def _initial_works(lq: LinearQuadratic) -> bool:
-    if not _is_well_posed(lq):
-        return False
-    best = optimum(lq)
-    return float(torch.linalg.eigvalsh(torch.linalg.inv(lq.cov) - best.Q[0] / lq.beta[0])[0]) > 0
+def _tilted(t: int, law: Law, Q: Tensor, q: Tensor, beta: Tensor, works: Callable[[float], bool]) -> Law:
+    """The law of Y_t times e^{V/beta}, normalised, V = (Q, q)."""
+    share = _largest_share(law, Q, beta)
+    if share >= 1:
+        raise no_tilt(t, share, float(beta), works)
+    precision = torch.linalg.inv(law.cov)
+    cov = torch.linalg.inv(precision - Q / beta)
+    return Law(cov @ (precision @ law.mean + q / beta), cov)
+
+
+def _largest_share(law: Law, Q: Tensor, beta: Tensor) -> float:
+    """The largest eigenvalue of cov Q/beta: law * e^{V/beta} can be normalised iff it is below 1."""
+    return float(torch.linalg.eigvals(law.cov @ Q / beta).real.max())
 
 
 def evaluate(lq: LinearQuadratic, control: Affine, initial: Law | None = None) -> Evaluation:
@@ -395,31 +423,44 @@ def iterate(
 ) -> Iterated:
     """Algorithm 1 with m_t inner steps at each t (torch). The margin has the paper's steps; see `policy_iteration`."""
     m_t = _counts(inner_steps, lq.T)
+
+    def first_Q(other: LinearQuadratic) -> Tensor | None:
+        return _iterated_Q(other, m_t, damping)
+
     Q, q, c = lq.Q, lq.q, lq.c                                                         # V_T = r
     rows: list[Row] = []
     steps: list[Step] = []
     errors = torch.full((lq.T, max(m_t, default=0) + 1), torch.nan, dtype=torch.float64)
     rates = torch.full((lq.T,), torch.nan, dtype=torch.float64)
     for t in reversed(range(lq.T)):                                                    # for t = T-1, ..., 0
-        step = _step_of(lq, t, Q, damping)
-        limit = _best(lq, t, Q, q)
-        K, k = -lq.P[t], lq.p[t]                                                       #   u^(0) = s
-        gaps = [_gap((K, k), limit)]
-        for _ in range(m_t[t]):                                                        #   for m = 0, ..., m_t - 1
-            new = _eq_18(lq, t, K, k, Q, q)                                            #     u^(m+1) = s + c E grad V
-            K, k = K + step.eta * (new[0] - K), k + step.eta * (new[1] - k)            #     (damped: part of the way)
-            gaps.append(_gap((K, k), limit))
+        step = _step_of(lq, t, Q, damping, first_Q)
+        us = _iterates(lq, t, Q, q, step.eta, m_t[t])                                  #   u^(0) = s, ..., u^(m_t)
+        limit, (K, k) = _best(lq, t, Q, q), us[-1]
+        gaps = [_gap(u, limit) for u in us]
         errors[t, : len(gaps)], rates[t] = torch.stack(gaps).flatten(1).norm(dim=1), _measured_rate(gaps, Q, limit)
         Q, q, c = _evaluated(lq, t, K, k, Q, q, c)                                     #   line 8: V_t = E V - beta KL
         rows.append((K, k, Q, q, c))
         steps.append(step)
-    found = _solution(lq, initial_law, rows, [step.kappa for step in steps])
+    found = _solution(lq, initial_law, rows, [step.kappa for step in steps], first_Q)
     eta, factor = (_float64(getattr(step, name) for step in steps[::-1]) for name in ("eta", "factor"))
     return Iterated(**vars(found), errors=errors, eta=eta, factor=factor, rate=rates)
 
 
 def _float64(values: Iterable[float]) -> Tensor:
     return torch.tensor([*values], dtype=torch.float64)
+
+
+def _iterates(
+    lq: LinearQuadratic, t: int, Q: Tensor, q: Tensor, eta: float, m_t: int
+) -> list[tuple[Tensor, Tensor]]:
+    """(K, k) of u^(0) = s to u^(m_t) against grad V_{t+1} = Q y + q."""
+    K, k = -lq.P[t], lq.p[t]                                                           #   u^(0) = s
+    found = [(K, k)]
+    for _ in range(m_t):                                                               #   for m = 0, ..., m_t - 1
+        new = _eq_18(lq, t, K, k, Q, q)                                                #     u^(m+1) = s + c E grad V
+        K, k = K + eta * (new[0] - K), k + eta * (new[1] - k)                          #     (damped: part of the way)
+        found.append((K, k))
+    return found
 
 
 def _eq_18(lq: LinearQuadratic, t: int, K: Tensor, k: Tensor, Q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,18 +476,29 @@ def _counts(inner_steps: int | Sequence[int], T: int) -> list[int]:
     return counts
 
 
-def _step_of(lq: LinearQuadratic, t: int, Q: Tensor, damping: str | float | None) -> Step:
+def _step_of(lq: LinearQuadratic, t: int, Q: Tensor, damping: str | float | None, first_Q: FirstQ) -> Step:
+    def works(scale: float) -> bool:
+        return first_Q(_scaled(lq, scale)) is not None
+
     low, high = _spectrum(lq, t, Q)
     if high >= 1:
-        raise ill_posed(t, high, float(lq.beta[t]), lambda scale: _is_well_posed(_scaled(lq, scale)))
+        raise ill_posed(t, high, float(lq.beta[t]), works)
     step = choose_step(low, high, damping)
     if step is None:
-        raise diverges(t, max(-low, high), float(lq.beta[t]), lambda scale: _contracts(_scaled(lq, scale)))
+        raise diverges(t, max(-low, high), float(lq.beta[t]), works)
     return step
 
 
-def _contracts(lq: LinearQuadratic) -> bool:
-    return _is_well_posed(lq) and bool((optimum(lq).kappa < 1).all())
+def _iterated_Q(lq: LinearQuadratic, m_t: Sequence[int], damping: str | float | None) -> Tensor | None:
+    """Q_0 after m_t inner steps at each t; None where some step is ill-posed or would diverge."""
+    Q, q, c = lq.Q, lq.q, lq.c
+    for t in reversed(range(lq.T)):
+        low, high = _spectrum(lq, t, Q)
+        step = choose_step(low, high, damping) if high < 1 else None
+        if step is None:
+            return None
+        Q, q, c = _evaluated(lq, t, *_iterates(lq, t, Q, q, step.eta, m_t[t])[-1], Q, q, c)
+    return Q
 
 
 def _gap(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
@@ -540,9 +592,9 @@ def path_tilt(lq: LinearQuadratic, initial_law: str = "fixed") -> Law:
 
 def ideal_tilt(lq: LinearQuadratic) -> Law:
     """p_pre(y_T) e^{r(y_T)/beta}, normalised. Constant beta only. Raises IllPosed where it cannot be."""
-    beta, base = _one_beta(lq), evaluate(lq, lq.pretrained)
-    tail = replace(lq, mean=base.terminal_mean, cov=base.terminal_cov)
-    return tilted_initial_law(replace(tail, beta=torch.full_like(lq.beta, beta)), lq.Q, lq.q)
+    beta, base = torch.tensor(_one_beta(lq), dtype=torch.float64), evaluate(lq, lq.pretrained)
+    law = Law(base.terminal_mean, base.terminal_cov)
+    return _tilted(lq.T, law, lq.Q, lq.q, beta, lambda scale: _largest_share(law, lq.Q, scale * beta) < 1)
 
 
 def initial_law_bias(lq: LinearQuadratic) -> Tensor:
