@@ -11,7 +11,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint types toyland bench lock clean
+.PHONY: help setup demo test quick lint types toyland bench figures lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -44,6 +44,9 @@ toyland: $(STAMP) ## train toyland's networks anew (up to two hours on two cores
 
 bench: $(STAMP) ## cost of a gradient step beside its bare network passes
 	$(BIN)/python -m benchmarks.step $(ARGS)
+
+figures: $(STAMP) ## the figures and numbers of docs/theory.md
+	$(BIN)/python -m benchmarks.theory $(ARGS)
 
 lock: $(STAMP) ## resolve requirements.lock anew from pyproject.toml (UPGRADE=1: newest versions)
 	@sed '/^[^#]/,$$d' requirements.lock > $(VENV)/lock.head

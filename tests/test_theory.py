@@ -163,7 +163,7 @@ SMALL_NOISE = ("train.lr_schedule=linear", "beta=0.5")
 def test_pi_ft_reaches_the_optimum_of_lq(estimator: str, inner_steps: int, changes: list[str]) -> None:
     """d = 4, T = 20: the gap ends below 1 % of the base's gap, for K = 1 and K > 1.
 
-    Kills: a reward-to-go that drops later KL terms (DPOK's fixed point is at 3 %) or holds earlier ones; beta forgotten;
+    Kills: a reward-to-go without later KL terms (DPOK's fixed point is at 3 %) or with earlier ones; beta forgotten;
     K > 1 on targets of the wrong chain.
     """
     before, after, trial = trained(

@@ -340,17 +340,19 @@ def iterate(
             error = np.abs(u - limit)
             rate, before = _measured_rate(before, error, limit, rate), error
             found.append(float(error.max()))
+            if m == m_t[t] and inner_steps is None:
+                raise ArithmeticError(f"eq. 18 did not converge at t={t} in {MOST_STEPS} inner steps (tol={tol:g})")
             if m == m_t[t]:
                 break
             new = _eq_18(problem, t, G, u)                                             #     u^(m+1) = s + c E grad V
             moved, u = float(np.abs(new - u).max()), u + step.eta * (new - u)          #     (damped: part of the way)
             if inner_steps is None and moved <= tol * (1 + float(np.abs(u).max())):
                 break
-        else:
-            raise ArithmeticError(f"eq. 18 did not converge at t={t} in {MOST_STEPS} inner steps (tol={tol:g})")
         V = value(problem, t, V, u)                                                    #   line 8: V_t = E V - beta KL
         target = V if future_kl else G(problem.mean(t, u))                             #   (or E r alone, as DPOK)
         rows.append((u, step, np.array(found), _largest(rate)))
+    if not future_kl and isinstance(initial_law, str) and initial_law == "tilted":     #   DPOK's Y_0 sees E r alone too
+        initial_law = tilted(problem.base_law, target / float(problem.beta[0]), problem.y)
     us, steps, errors, rates = zip(*rows[::-1], strict=True)
     kappa, eta, factor = (np.array(column) for column in zip(*steps, strict=True))
     return Solution(
@@ -375,7 +377,7 @@ def _largest(values: Array) -> float:
 
 def _counts(inner_steps: int | Sequence[int] | None, T: int) -> list[int]:
     if inner_steps is None:
-        return [MOST_STEPS + 1] * T
+        return [MOST_STEPS] * T
     counts = [int(inner_steps)] * T if isinstance(inner_steps, int) else [int(m) for m in inner_steps]
     if len(counts) != T or min(counts, default=0) < 0:
         raise ValueError(f"inner_steps={inner_steps!r} is neither a whole number nor {T} of them, each at least 0")
@@ -445,10 +447,28 @@ def terminal_density(problem: GridProblem, u: Array, initial: Array | None = Non
 
     Raises ValueError where y -> A y + B u(y) is not increasing: the density would fold over.
     """
-    density = problem.base_law if initial is None else initial
+    return densities(problem, u, initial)[-1]
+
+
+def densities(problem: GridProblem, u: Array, initial: Array | None = None) -> Array:
+    """(T + 1, n): the densities of Y_0 .. Y_T; see `terminal_density`."""
+    found = [problem.base_law if initial is None else initial]
     for t in range(problem.T):
-        density = _pushed(problem, t, density, problem.mean(t, u[t]))
-    return density
+        found.append(_pushed(problem, t, found[-1], problem.mean(t, u[t])))
+    return np.stack(found)
+
+
+def policy_gradient(problem: GridProblem, u: Array, initial: str | Array = "fixed") -> tuple[float, Array]:
+    """J and, (T, n), the density of its gradient in the control: for u_theta, dJ/dtheta is the integral over y of
+    sum_t gradient[t] du_theta[t]/dtheta. Exact: p_t(y) [B_t E V'_{t+1} - 2 beta_t w_t (u - s)], every later KL included.
+    """
+    worth = evaluate(problem, u, initial)
+    p, slopes = densities(problem, u, worth.initial_density), []
+    for t in range(problem.T):
+        G = Smooth(problem.y, expected(problem.y, worth.V[t + 1], float(problem.sigma[t])))
+        pull = problem.B[t] * G(problem.mean(t, u[t]), 1)
+        slopes.append(p[t] * (pull - 2 * problem.beta[t] * problem.w[t] * (u[t] - problem.s[t])))
+    return worth.objective, np.stack(slopes)
 
 
 def _pushed(problem: GridProblem, t: int, density: Array, x: Array) -> Array:
