@@ -32,6 +32,7 @@ from tests.test_methods import (
 )
 from workers.core import grid, lq
 from workers.core.chain import beta_steps
+from workers.evaluate import evaluate, fixed_noise
 from workers.generators import Generators
 from workers.initial_law import GaussianInitialLaw
 from workers.known import known_of
@@ -325,6 +326,25 @@ def test_sampled_gradients_of_the_initial_law_are_unbiased(kind: str) -> None:
     assert error.norm() < 0.05 * expected.norm()
 
 
+def test_the_initial_law_is_a_normal_distribution() -> None:
+    """log_prob (up to a constant), kl, noise and sampling against torch.distributions, summed over dimensions.
+
+    Kills: log_std left out of log_prob (no bias on fresh data, a wrong ratio off policy); a mean over dimensions.
+    """
+    law = GaussianInitialLaw((2, 3), torch.device("cpu"), torch.float64)
+    with torch.no_grad():
+        law.mu += torch.linspace(-1, 1, 6).view(2, 3)
+        law.log_std += torch.linspace(-0.5, 0.4, 6).view(2, 3)
+    other = torch.distributions.Normal(law.mu, law.log_std.exp())
+    base = torch.distributions.Normal(torch.zeros(2, 3).double(), torch.ones(2, 3).double())
+    noise = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y0 = law(noise)
+    expected = other.log_prob(y0).flatten(1).sum(1) + 3 * math.log(2 * math.pi)
+    torch.testing.assert_close(law.log_prob(y0), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(law.kl(), torch.distributions.kl_divergence(other, base).sum(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(law.noise(y0), noise, rtol=1e-12, atol=1e-12)
+
+
 def test_a_learned_initial_law_gains_what_theory_says() -> None:
     """Linear reward, d = 1: the tilted law is a Gaussian, so pi_ft with initial_law=gaussian closes the gap to the
     optimum over controls and laws, which lies above the one with a fixed law."""
@@ -338,6 +358,41 @@ def test_a_learned_initial_law_gains_what_theory_says() -> None:
     assert fixed is not None and trial.problem.known is not None
     gained = trial.problem.known.metrics()["theory/objective_optimum"] - fixed.metrics()["theory/objective_optimum"]
     assert gained > 1e-6
+
+
+def test_the_evaluated_objective_counts_the_initial_law_and_the_transformed_reward() -> None:
+    """On fixed noise: eval/objective = mean of [2 r + 1 - beta KL] - beta_0 KL(q0 || p0) for the transform 2 r + 1,
+    started from the law; and `score`, which methods train on, gives the transformed reward.
+
+    Kills: the law's KL left out or with the wrong sign; the evaluation started from N(0, I); the raw reward trained on.
+    """
+    trial = trial_of(*MIXTURE, "method=pi_ft", "beta=0.7", "initial_law=gaussian")
+    problem, law = trial.problem, trial.problem.initial
+    assert law is not None
+    with torch.no_grad():
+        law.mu += 0.8
+    problem.transform = lambda rewards: 2 * rewards + 1
+    noise = fixed_noise("a prompt", 64, trial.model.chain.T, (1,))
+    found = evaluate(problem, None, noise, 1000).metrics
+    assert found["eval/kl_initial_nats"] == pytest.approx(0.32) and found["eval/kl_path_nats"] == 0
+    expected = 2 * found["eval/reward_mean"] + 1
+    assert found["eval/reward_transformed_mean"] == pytest.approx(expected, rel=1e-12)
+    assert found["eval/objective"] == pytest.approx(expected - 0.7 * 0.32, rel=1e-12)
+    problem.initial = None
+    assert evaluate(problem, None, noise, 1000).metrics["eval/reward_mean"] != found["eval/reward_mean"]
+    y = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    assert torch.equal(problem.score(y), 2 * trial.reward(y, ["", ""]) + 1)
+
+
+def test_the_runner_applies_the_step_size_schedule(tmp_path: Path) -> None:
+    """The first step is as without a schedule, the second is not. Kills: a schedule that the runner forgets."""
+    losses = []
+    for schedule in ("constant", "linear"):
+        spec = spec_of(*LQ, "method=pi_ft", "beta=1", "train.gradient_steps=3", "train.trajectories=8",
+                       "method.lr=0.1", "eval.samples=4", f"train.lr_schedule={schedule}")  # fmt: skip
+        assert run_trial(spec.to_dict(), tmp_path / schedule).state == "done"
+        losses.append(journal(tmp_path / schedule, "train/loss"))
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
 
 
 @pytest.mark.parametrize(("method", "regulariser"), [("pi_ft", "jensen_shannon"), ("dpok", "kl"), ("pi_ft", "kl")])
@@ -499,3 +554,22 @@ def test_step_size_schedules() -> None:
         trial.method.step()
         sizes.append(trial.method.adam.param_groups[0]["lr"])  # type: ignore[attr-defined]
     assert sizes == [0.1, 0.05, 0.025]
+
+
+def test_the_exact_policy_gradient_is_the_derivative_of_J() -> None:
+    """grid.policy_gradient along a random direction against central differences of grid.evaluate, with fixed and tilted
+    starts held as they are.
+
+    Kills: later KL terms dropped; a missing 2; the density of another t.
+    """
+    trial = trial_of(*MIXTURE, "method=pi_ft", "beta=0.7", "sampler.steps=20")
+    problem = trial.model.problem(trial.reward, 0.7)  # type: ignore[attr-defined]
+    y = problem.y
+    u = problem.s + 0.1 * np.sin(y)
+    J, density = grid.policy_gradient(problem, u)
+    assert grid.evaluate(problem, u).objective == J
+    for t in (0, 7, 19):
+        direction = np.zeros_like(u)
+        direction[t] = np.cos(1.3 * y + t)
+        up, down = (grid.evaluate(problem, u + sign * 1e-4 * direction).objective for sign in (1, -1))
+        assert np.trapezoid(density[t] * direction[t], y) == pytest.approx((up - down) / 2e-4, rel=1e-5, abs=1e-8)
