@@ -573,3 +573,20 @@ def test_the_exact_policy_gradient_is_the_derivative_of_J() -> None:
         direction[t] = np.cos(1.3 * y + t)
         up, down = (grid.evaluate(problem, u + sign * 1e-4 * direction).objective for sign in (1, -1))
         assert np.trapezoid(density[t] * direction[t], y) == pytest.approx((up - down) / 2e-4, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("base", [LQ, MIXTURE, ["model=nearly_lq", "reward=quadratic"]], ids=lambda base: base[0])
+def test_a_batch_of_mixed_steps_is_the_steps_one_by_one(base: list[str]) -> None:
+    """Kills: parameters or signal variances of a neighbouring entry; the pre-trained control with the policy added."""
+    model = trial_of(*base, "method=pi_ft", "beta=2").model
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
+    k = torch.tensor([3, 0, 9, 3])
+    y = torch.randn(4, *model.latent_shape, generator=draw, dtype=torch.float64)
+    for adapted in (True, False):
+        mixed = model.control(k, y, adapted)
+        single = torch.cat([model.control(int(k[i]), y[i : i + 1], adapted) for i in range(4)])
+        torch.testing.assert_close(mixed, single, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(model.control(k, y), model.control(k, y, adapted=False))

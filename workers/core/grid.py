@@ -327,7 +327,7 @@ def iterate(
 
     def works(scale: float) -> bool:
         scaled = replace(problem, beta=scale * problem.beta)
-        return _works(scaled, None if inner_steps is None else m_t, damping, future_kl)
+        return works_at(scaled, None if inner_steps is None else m_t, damping, future_kl)
 
     V = target = problem.r                                                             # V_T = r
     rows: list[tuple[Array, Step, Array, float]] = []
@@ -408,7 +408,12 @@ def _step_of(
     return step
 
 
-def _works(problem: GridProblem, m_t: Sequence[int] | None, damping: str | float | None, future_kl: bool) -> bool:
+def works_at(
+    problem: GridProblem,
+    m_t: Sequence[int] | None,
+    damping: str | float | None = "auto",
+    future_kl: bool = True,
+) -> bool:
     """Whether no step of Algorithm 1, with m_t inner steps (None: all it takes), is ill-posed or would diverge."""
     V = target = problem.r
     for t in reversed(range(problem.T)):
@@ -460,7 +465,7 @@ def densities(problem: GridProblem, u: Array, initial: Array | None = None) -> A
 
 def policy_gradient(problem: GridProblem, u: Array, initial: str | Array = "fixed") -> tuple[float, Array]:
     """J and, (T, n), the density of its gradient in the control: for u_theta, dJ/dtheta is the integral over y of
-    sum_t gradient[t] du_theta[t]/dtheta. Exact: p_t(y) [B_t E V'_{t+1} - 2 beta_t w_t (u - s)], every later KL included.
+    sum_t gradient[t] du_theta[t]/dtheta. Exact: p_t(y) [B_t E V'_{t+1} - 2 beta_t w_t (u - s)], later KLs included.
     """
     worth = evaluate(problem, u, initial)
     p, slopes = densities(problem, u, worth.initial_density), []
@@ -493,9 +498,7 @@ def path_tilt_density(problem: GridProblem, initial_law: str = "fixed") -> Array
     terminal = phi
     for t in reversed(range(problem.T)):
         phi = _next(problem, t, phi, problem.mean(t, problem.s[t]))
-    q0 = problem.base_law
-    if initial_law == "tilted":
-        q0 = q0 * phi / problem.integral(q0 * phi)
+    q0 = _initial_density(problem, beta * np.log(phi), initial_law)
     return terminal * terminal_density(problem, problem.s, q0 / phi)
 
 

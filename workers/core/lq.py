@@ -580,9 +580,8 @@ def _as_given(found: Any, arguments: Sequence[Any]) -> Any:
 def path_tilt(lq: LinearQuadratic, initial_law: str = "fixed") -> Law:
     """The terminal law when every kernel is p e^{V/beta}: mean and covariance controlled. Constant beta only."""
     beta = _one_beta(lq)
-    best = optimum(lq)
-    law = tilted_initial_law(lq, best.Q[0], best.q[0]) if initial_law == "tilted" else Law(lq.mean, lq.cov)
-    m, S = law.mean, law.cov
+    best = optimum(lq, initial_law)
+    m, S = best.initial_mean, best.initial_cov
     for t in range(lq.T):
         M = _resolvent(lq, t, best.Q[t + 1])
         G = M @ lq.F[t]

@@ -43,7 +43,7 @@ class Mixture:
         if not isinstance(y, Tensor):
             return self.score(torch.as_tensor(y, dtype=torch.float64), abar).numpy()
         logs, slopes = self._logs(y, torch.as_tensor(abar).to(y))
-        return (logs.softmax(-1) * slopes).sum(-1)
+        return ((logs - logs.logsumexp(-1, keepdim=True)).exp() * slopes).sum(-1)
 
     def density(self, y: Any, abar: Any = 1.0) -> Any:
         """p(y) at signal variance abar, shape of y."""

@@ -27,7 +27,7 @@ from workers.core import grid
 from workers.core.chain import beta_steps
 from workers.core.continuous import solve_hjb
 from workers.core.grid import GridProblem
-from workers.core.iteration import Diverges, IllPosed
+from workers.core.iteration import IllPosed
 from workers.core.mixture import Mixture
 from workers.core.regularity import contraction_beta_grid
 from workers.generators import Generators
@@ -41,6 +41,8 @@ from workers.spec import Lora, Sampler, TrialSpec, choice, integer, locate, numb
 Array = NDArray[np.float64]
 POINTS = 1601
 """Grid points over [-reach, reach] for what is exact."""
+ROUGH = 401
+"""Grid points to tell whether a problem is well posed, before anything runs."""
 INNER = 3.0
 """|y| up to which the chain's value function is compared with the diffusion's: where Y_0 ~ N(0, 1) has its mass."""
 
@@ -65,7 +67,7 @@ class MixtureModel(AnalyticModel):
         device: str = "cpu",
     ) -> None:
         self.mixture = Mixture(tuple(weights), tuple(means), tuple(variances))
-        self.kernel, self.reach = float(kernel), float(reach)
+        self.kernel, self.reach, self.points = float(kernel), float(reach), POINTS
         self.features = _kernel_features if policy == "kernel" else _Splines(knots, self.reach)
         count = self.features(torch.zeros(1, dtype=torch.float64)).shape[1]
         theta = torch.zeros(sampler.steps, count, dtype=torch.float64)
@@ -99,7 +101,7 @@ class MixtureModel(AnalyticModel):
 
     @cached_property
     def grid(self) -> Array:
-        return np.linspace(-self.reach, self.reach, POINTS)
+        return np.linspace(-self.reach, self.reach, self.points)
 
     @torch.no_grad()
     def table(self, adapted: bool = True) -> Array:
@@ -213,12 +215,18 @@ def _theory_problems(spec: TrialSpec) -> list[str]:
         model = MixtureModel(
             **settings(spec.model), prompt=spec.prompt, sampler=spec.sampler, lora=spec.lora, generators=Generators(0)
         )
+        model.points = ROUGH
         reward = locate(spec.reward["_target_"])(**settings(spec.reward))
         if spec.beta_schedule == "contraction":
             beta = model.contraction_beta(reward, spec.beta, float(spec.beta_rate or 0))
         else:
             beta = beta_steps(model.chain, spec.beta, spec.beta_schedule)
-        grid.iterate(model.problem(reward, beta), 1, damping=spec.method.get("damping", "auto"))
-    except (IllPosed, Diverges, ValueError, TypeError) as error:
+        problem = model.problem(reward, beta)
+        inner, damping = None, "auto"
+        if "damping" in spec.method:  # Algorithm 1 begins with one inner step, whose value may bend more
+            inner, damping = [1] * problem.T, spec.method["damping"]
+        if not grid.works_at(problem, inner, damping):
+            grid.iterate(problem, inner, damping=damping)  # says what is wrong
+    except (ArithmeticError, ValueError, TypeError) as error:  # IllPosed and Diverges are ValueErrors
         return [f"beta={spec.beta:g} with model={spec.model['name']}: {error}"]
     return []
