@@ -1,6 +1,7 @@
 """The figures and numbers of docs/theory.md: Algorithm 1 and its closed forms, computed anew.
 
-    python -m benchmarks.theory --out docs/images        (make figures; about a minute on one core)
+    python -m benchmarks.theory --out docs/images  (make figures; two minutes on one core)
+    python -m benchmarks.theory --store store      after `pift launch sweep=theory`: theory_sweep.png from its trials
 
 Writes theory_NAME.png for rate, laws, continuous, dpok, divergences, regularity and nearly, and prints the tables that
 the page quotes. Everything is float64 and without a random draw.
@@ -20,7 +21,9 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from orchestrator.compare import figures, frame
 from orchestrator.compare.figures import RC, ramp
+from orchestrator.ledger import Store
 from workers.core import grid, lq, regularity
 from workers.core.continuous import Schedule, solve_hjb
 from workers.core.divergence import divergence, normaliser, transformed
@@ -349,11 +352,34 @@ def draw(name: str, out: Path) -> list[str]:
     return lines
 
 
+def of_sweep(store: Path, out: Path) -> Path:
+    """The report's gap panels of the sweep `theory` in a store, both problems, as theory_sweep.png."""
+    from PIL import Image
+
+    found = frame.load(Store(store), "theory")
+    pictures = []
+    for prompt, cells in found.prompts.items():
+        wanted = [panel for panel in figures.panels(found, prompt) if panel.name in ("gap_inner", "gap_steps")]
+        path = out / f".{prompt}.png"
+        figures.sheet(wanted, path, found, cells, heading=cells[0].prompt_text, note="")
+        pictures.append(Image.open(path).convert("RGB"))
+        path.unlink()
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    write_whole(out / "theory_sweep.png", lambda temporary: sheet.save(temporary, format="PNG"))
+    return out / "theory_sweep.png"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Draw the figures of docs/theory.md and print its numbers.")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder (default: docs/images)")
     parser.add_argument("--only", choices=sorted(FIGURES), help="one of them")
+    parser.add_argument("--store", type=Path, help="draw theory_sweep.png from this store's sweep `theory` instead")
     options = parser.parse_args()
+    if options.store:
+        print(of_sweep(options.store, options.out))
+        return 0
     for name in [options.only] if options.only else FIGURES:
         print(f"\n{name}", *draw(name, options.out), sep="\n", flush=True)
     return 0

@@ -4,6 +4,11 @@
 
 Curves follow the linear law of mathematics.md section 3 (gain ~ 1/beta, KL ~ 1/beta^2, saturating), so pictures of them
 look like the real ones. `states` maps (prompt, method, beta, seed) to a state other than done.
+
+    plan = fake_store(tmp_path, model="lq", judge=False, pictures=0, methods=["algorithm_1", "pi_ft", "dpok"])
+
+journals gaps to a known optimum too: those of algorithm_1 shrink by kappa^2 an iteration down to rounding, those of
+pi_ft roughly exponentially, those of dpok to its own fixed point; no pictures. model="mixture" has errors ~ 1/T too.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 START = 1_764_000_000.0
+KNOWN = ("lq", "mixture")
+"""The models whose optimum is known."""
 MESSAGES = {
     "failed": ("bug", "RuntimeError: mat1 and mat2 shapes cannot be multiplied (40x16 and 8x4)"),
     "diverged": ("diverged", "loss is not finite after step 20; try a smaller method.lr or a larger beta"),
@@ -74,6 +81,7 @@ def fake_store(
     pictures: int = 8,
     size: int = 32,
     judge: bool = True,
+    model: str = "toyland",
 ) -> dict[str, Any]:
     """Write store/sweeps/<sweep>/plan.json and the trials' folders under `root`; returns the plan."""
     prompts = prompts or {"counting": "Four wolves in the park"}
@@ -85,6 +93,7 @@ def fake_store(
         further = dict(zip(extras, values, strict=True))
         key = f"{number:04x}{random.Random(f'{sweep} {number}').getrandbits(48):012x}"
         spec = fake_spec(prompt, method, beta, seed, further, **sizes)
+        spec["model"] |= {"name": model, "path": model}
         if not judge:
             spec["judge"] = None
         cells.append(
@@ -190,6 +199,8 @@ def _record(
             "train/loss": 1 / step,
             "train/grad_norm": 0.3,
         }
+    if spec["method"]["name"] == "algorithm_1":  # it trains on no sample and queries no reward
+        metrics = {name: 0.0 if name != "budget/seconds" else 0.01 * step for name in metrics if "budget" in name}
     record: dict[str, Any] = {"time": START + 2 * step, "step": step, "metrics": metrics}
     if not evaluate:
         return record
@@ -221,9 +232,40 @@ def _record(
     if spec["judge"]:
         record["samples"]["judge"] = judges
         metrics["eval/judge_mean"] = math.fsum(judges) / len(judges)
+    if spec["model"]["name"] in KNOWN:
+        del metrics["eval/diversity"]
+        metrics |= theory(spec, step)
+    if not spec["eval"]["pictures"]:
+        return record
     record["pictures"] = f"pictures/step_{step:06d}.png"
     _strip(folder / record["pictures"], spec["prompt"], spec["eval"]["pictures"], size, gain)
     return record
+
+
+def theory(spec: Mapping[str, Any], step: int) -> dict[str, float]:
+    """What trials with a known optimum journal at an evaluation."""
+    beta, method, total = spec["beta"], spec["method"]["name"], spec["train"]["gradient_steps"]
+    rng = random.Random(f"{spec['seed']} {method} {beta} {step}")
+    kappa, start, best = 0.8 / (1 + beta) ** 0.5, 0.3 / (0.1 + beta), 1 + 0.2 / beta
+    rate, fixed = 2 * math.log10(kappa), 0.15 * start
+    found = {"theory/kappa_max": kappa, "theory/objective_optimum": best}
+    if method == "algorithm_1":
+        shrunk = start * 0.4 * (1 + 0.5 * 0.7**step) * 10 ** (rate * (step - 1)) if step else start
+        found |= {"theory/gap": shrunk + (rng.gauss(0, 3e-16 * best) if step else 0), "algorithm_1/log10_rate": rate}
+    elif method == "dpok":
+        shrunk = fixed + (start - fixed) * math.exp(-6 * step / total + (rng.gauss(0, 0.1) if step else 0))
+        found |= {"theory/gap": shrunk, "dpok/gap_fixed_point": fixed}
+    else:
+        found["theory/gap"] = start * math.exp(
+            -8 * step / total / (1 + beta) ** 0.3 + (rng.gauss(0, 0.25) if step else 0)
+        )
+    if spec["initial_law"] == "gaussian":
+        found["eval/kl_initial_nats"] = 0.02 * (1 - math.exp(-3 * step / total)) / beta
+    if spec["model"]["name"] == "mixture" and method == "algorithm_1":
+        steps = spec["sampler"]["steps"]
+        found |= {"theory/objective_continuous": best + 0.1, "theory/error_continuous": 0.8 / steps / beta**0.5}
+        found["theory/tv_ideal"] = 0.3 / steps**0.9 / (1 + beta)
+    return found
 
 
 def _strip(path: Path, prompt: str, count: int, size: int, gain: float) -> None:

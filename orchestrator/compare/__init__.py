@@ -45,7 +45,7 @@ def compare(store: Store, sweep: str, out: Path | None = None) -> Report:
             path = folder / "figures" / f"{number:02d}_{re.sub(r'[^A-Za-z0-9]+', '_', prompt).strip('_')[:60]}.png"
             cells = found.prompts[prompt]
             heading, note = f"{cells[0].prompt_text}  ({found.name})", figures.bars_note(cells)
-            figures.sheet(panels, path, heading=heading, note=note, variants=found.variants, betas=found.betas)
+            figures.sheet(panels, path, found, cells, heading=heading, note=note)
             sheets.append(path)
     write_text(pages, report.page(found, drawn))
     return Report(html=pages, csv=csv, curves=curves, figures=tuple(sheets), table=verdict.table(found))

@@ -41,7 +41,7 @@ ul.verdict li::before { position: absolute; left: .1rem; font-weight: 700; }
 li.up::before { content: "\\25B2"; color: var(--up); } li.down::before { content: "\\25BC"; color: var(--down); }
 li.mixed::before { content: "!"; left: .35rem; color: var(--down); } li.flat::before { content: "\\2248";
   color: var(--quiet); } li.none::before { content: "\\25CB"; color: var(--warn); }
-ul.verdict b { font-weight: 600; }
+ul.verdict b { font-weight: 600; } .whole { white-space: nowrap; }
 
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .4rem 0 .6rem; padding: 0; list-style: none;
   align-items: center; font-size: .92rem; }

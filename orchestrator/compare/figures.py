@@ -10,6 +10,9 @@ are the seeds.
 
 The KL axis is a square-root axis: where the reward is nearly linear, gain = a'Ca/beta and KL = a'Ca/(2 beta^2)
 (mathematics, section 3), so a front is straight there; and KL = 0, the pre-trained model, has a place on it.
+
+Trials on models with a known optimum (theory.py) get the exact gap J* - J on a log axis, where a constant factor per
+step is a straight line. Mean and interval over seeds are taken of log10 there, so that a band stays positive.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +34,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 
-from orchestrator.compare.frame import Cell, Sweep, series, show
+from orchestrator.compare import theory
+from orchestrator.compare.frame import Cell, Sweep, sampled, series, show
 from orchestrator.compare.statistics import t_interval
 
 WIDTH, HEIGHT = 3.45, 2.65
@@ -125,10 +130,14 @@ class Curve:
     broken: bool = False
 
 
-def _points(cell: Cell, x: str, y: str) -> dict[int, tuple[float, float]]:
-    """(x, y) at each evaluation that has both, by step."""
+Points = dict[int, tuple[float, float]]
+"""(x, y) by step."""
+
+
+def _points(cell: Cell, x: str, y: str, log: bool = False) -> Points:
+    """(x, y) at each record that has both; with `log` only what a log axis can show of a gap."""
     found = {}
-    for record in cell.evaluations:
+    for record in (record for record in cell.records if y in record.metrics):
         across = (
             float(record.step)
             if x == "step"
@@ -136,42 +145,49 @@ def _points(cell: Cell, x: str, y: str) -> dict[int, tuple[float, float]]:
             if x.startswith("budget/")
             else record.metrics.get(x)
         )
-        if across is not None and y in record.metrics:
+        if across is not None:
             found[record.step] = (across, record.metrics[y])
-    return found
+    return theory.above_rounding(found) if log else found
 
 
-def curves(sweep: Sweep, cells: Sequence[Cell], x: str, y: str) -> list[Curve]:
+def curves(sweep: Sweep, cells: Sequence[Cell], x: str, y: str, log: bool = False) -> list[Curve]:
     """The curves of a panel. Finished seeds of one (variant, beta) make one curve; a cell that is not finished is its
     own, up to where it came, so that it never bends a mean."""
     found = []
     for (variant, beta), group in series(cells).items():
         place = (sweep.variants.index(variant), sweep.betas.index(beta))
-        finished = [cell for cell in group if cell.finished and _points(cell, x, y)]
-        if finished:
-            found.append(_merged(place, finished, x, y))
+        finished = [cell for cell in group if cell.finished and _points(cell, x, y, log)]
+        if finished and (curve := _merged(place, finished, x, y, log)).x:
+            found.append(curve)
         for cell in group:
-            points = list(_points(cell, x, y).values())
+            points = list(_points(cell, x, y, log).values())
             if not cell.finished and points:
                 xs, ys = _columns(points)
                 found.append(Curve(*place, xs, ys, whole=False, broken=cell.state in ("failed", "diverged")))
     return found
 
 
-def _merged(place: tuple[int, int], cells: Sequence[Cell], x: str, y: str) -> Curve:
-    """One curve of the finished seeds: at each step that all of them have, their mean and its 95 % t interval."""
-    points = [_points(cell, x, y) for cell in cells]
+def _merged(place: tuple[int, int], cells: Sequence[Cell], x: str, y: str, log: bool) -> Curve:
+    """One curve of the finished seeds: at each step that all of them have, their mean and its 95 % t interval, of the
+    values or (`log`) of their log10."""
+    points = [_points(cell, x, y, log) for cell in cells]
     if len(cells) == 1:
         change = cells[0].change(_sample(y))
         return Curve(*place, *_columns(list(points[0].values())), bar=change.se if change else None)
+    there, back = (math.log10, _ten) if log else (float, float)
     across, means, low, high = [], [], [], []
     for step in [step for step in points[0] if all(step in other for other in points)]:
-        span = t_interval([other[step][1] for other in points])
+        span = t_interval([there(other[step][1]) for other in points])
         across.append(math.fsum(other[step][0] for other in points) / len(points))
-        means.append(span.mean)
-        low.append(span.mean - (span.half or 0.0))
-        high.append(span.mean + (span.half or 0.0))
+        means.append(back(span.mean))
+        low.append(back(span.mean - (span.half or 0.0)))
+        high.append(back(span.mean + (span.half or 0.0)))
     return Curve(*place, across, means, low, high, [_columns(list(other.values())) for other in points])
+
+
+def _ten(exponent: float) -> float:
+    """10^exponent, as far as floats go: the interval of two seeds may be wider."""
+    return 10.0 ** min(max(exponent, -300.0), 300.0)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -201,10 +217,20 @@ class Panel:
 def panels(sweep: Sweep, prompt: str) -> list[Panel]:
     """What there is to draw of a prompt: a panel whose quantity nobody journaled is left out."""
     cells = sweep.prompts[prompt]
-    reward = f"{_name(cells, 'reward')} reward (its own units)"
+    found = _measured(sweep, cells)
+    gains, label = _gains(sweep, cells), f"change of {_reward(cells)}"
+    if len({beta for _, beta, *_ in gains}) > 1:
+        paint = partial(_draw_gains, gains=gains, y_label=label)
+        found.append(Panel("gain_beta", "Change of reward against β", label, "", paint))
+    return found + [panel for draw in (_inner, _training, _refinement) if (panel := draw(sweep, cells))]
+
+
+def _measured(sweep: Sweep, cells: Sequence[Cell]) -> list[Panel]:
+    """The panels of what every model measures."""
+    reward = _reward(cells)
     judge = f"{_name(cells, 'judge')} (its own units), not trained on"
     kl = "path KL to the pre-trained model (nats, √ axis)"
-    steps, queries = "gradient steps", "reward queries (pictures scored)"
+    steps, queries = "gradient steps", f"reward queries ({sampled(cells)} scored)"
     wanted = [
         ("reward_steps", reward, steps, "step", "eval/reward_mean"),
         ("kl_steps", kl, steps, "step", "eval/kl_path_nats"),
@@ -224,18 +250,92 @@ def panels(sweep: Sweep, prompt: str) -> list[Panel]:
     }
     found = []
     for name, y_label, x_label, x, y in wanted:
-        lines = curves(sweep, cells, x, y)
+        every = curves(sweep, cells, x, y)
+        lines = [curve for curve in every if max(curve.x) > 0] if x.startswith("budget/") else every
         if lines:
             paint = partial(
                 _draw, lines=lines, x_label=x_label, y_label=y_label, front=name == "front", root=name == "kl_steps"
             )
-            found.append(Panel(name, titles[name], y_label, notes.get(name, ""), paint))
-    gains = _gains(sweep, cells)
-    if len({beta for _, beta, *_ in gains}) > 1:
-        label = f"change of {reward}"
-        paint = partial(_draw_gains, gains=gains, y_label=label)
-        found.append(Panel("gain_beta", "Change of reward against β", label, "", paint))
+            found.append(Panel(name, titles[name], y_label, notes.get(name) or _absent(sweep, every, lines), paint))
     return found
+
+
+def _absent(sweep: Sweep, every: Sequence[Curve], lines: Sequence[Curve]) -> str:
+    """Which methods have no curve in the panel because they never spent what it counts."""
+    idle = sorted({curve.variant for curve in every} - {curve.variant for curve in lines})
+    return f"Without {', '.join(sweep.variants[i] for i in idle)}: none spent." if idle else ""
+
+
+def _reward(cells: Sequence[Cell]) -> str:
+    return f"{_name(cells, 'reward')} reward (its own units)".strip()
+
+
+GAP_LABEL = "gap J* − J (reward units, log axis)"
+
+
+def _inner(sweep: Sweep, cells: Sequence[Cell]) -> Panel | None:
+    """Algorithm 1: the gap per inner iteration, and the slope that the theory predicts for it."""
+    iterated = [cell for cell in cells if cell.newest(theory.RATE) is not None]
+    lines = curves(sweep, iterated, "step", theory.GAP, log=True)
+    if not lines:
+        return None
+    predicted = _predicted(sweep, iterated, lines)
+    paint = partial(_draw_gap, lines=lines, x_label="inner iterations (Algorithm 1)", predicted=predicted)
+    note = "Dashed grey: the predicted slope κ² per iteration." if predicted else ""
+    title = "Gap to the optimum per inner iteration"
+    return Panel("gap_inner", title, GAP_LABEL, _with_seeds(note, lines), paint)
+
+
+def _training(sweep: Sweep, cells: Sequence[Cell]) -> Panel | None:
+    """The other methods: the gap over training, and where DPOK as published is heading instead."""
+    trained = [cell for cell in cells if cell.newest(theory.RATE) is None]
+    lines = curves(sweep, trained, "step", theory.GAP, log=True)
+    if not lines:
+        return None
+    levels = theory.fixed_points(sweep, trained)
+    paint = partial(_draw_gap, lines=lines, x_label="gradient steps", levels=levels)
+    note = "Horizontal, dotted: the gap of DPOK's own fixed point as published." if levels else ""
+    return Panel("gap_steps", "Gap to the optimum over training", GAP_LABEL, _with_seeds(note, lines), paint)
+
+
+def _with_seeds(note: str, lines: Sequence[Curve]) -> str:
+    bands = "Mean and band over seeds: of log10." if any(curve.hairs for curve in lines) else ""
+    return f"{note} {bands}".strip()
+
+
+Segment = tuple[Sequence[float], Sequence[float]]
+
+
+def _predicted(sweep: Sweep, cells: Sequence[Cell], lines: Sequence[Curve]) -> list[Segment]:
+    """Of each (variant, beta) the predicted line: through its first point after step 0 (the first iteration starts
+    anywhere, the rate is of those that follow), as far as the panel reaches or down to rounding."""
+    found: dict[tuple[int, int], Segment] = {}
+    end = max(max(curve.x) for curve in lines)
+    rates = {
+        (sweep.variants.index(variant), sweep.betas.index(beta)): group[0].newest(theory.RATE)
+        for (variant, beta), group in series(cells).items()
+    }
+    for curve in lines:
+        after = [(x, y) for x, y in zip(curve.x, curve.y, strict=True) if x >= 1]
+        rate = rates.get((curve.variant, curve.beta))
+        if after and rate is not None and (curve.variant, curve.beta) not in found:
+            x, y = after[0]
+            floor = math.log10(theory.ROUNDING * curve.y[0] / y)
+            reach = min(end, x + floor / rate) if rate < 0 else end
+            found[curve.variant, curve.beta] = ([x, reach], [y, y * _ten(rate * (reach - x))])
+    return list(found.values())
+
+
+def _refinement(sweep: Sweep, cells: Sequence[Cell]) -> Panel | None:
+    """The distance to continuous time over the number of steps of the chain."""
+    lines = theory.refinement(sweep, cells)
+    if not lines:
+        return None
+    label = "● error of V (reward units), □ TV, log axis"
+    note = "● largest error of V₀, □ total variation to the ideal tilt. Dashed grey: slope −1."
+    note += f" Fitted order: {found}." if (found := theory.orders(lines)) else ""
+    paint = partial(_draw_refinement, lines=lines, y_label=label)
+    return Panel("refinement", "Refinement towards continuous time", label, note, paint)
 
 
 def _name(cells: Sequence[Cell], component: str) -> str:
@@ -261,7 +361,7 @@ def _gains(sweep: Sweep, cells: Sequence[Cell]) -> list[tuple[int, float, float,
 def bars_note(cells: Sequence[Cell]) -> str:
     """What bars, bands and crosses are in the figures of these cells."""
     several = len({cell.seed for cell in cells}) > 1
-    bars = "bar: one paired standard error over pictures"
+    bars = f"bar: one paired standard error over {sampled(cells)}"
     if several:
         bars = (
             "bands and bars: 95 % t interval over seeds (one finished seed: paired standard error); hair lines: seeds"
@@ -292,32 +392,7 @@ def _draw(
     axes: Axes, palette: Palette, *, lines: list[Curve], x_label: str, y_label: str, front: bool, root: bool
 ) -> None:
     for curve in lines:
-        colour = palette.betas[curve.beta]
-        style = _style(curve.variant, colour, palette) | ({} if curve.whole else {"marker": "", "linewidth": 0.9})
-        for across, values in curve.hairs:
-            axes.plot(across, values, color=colour, linewidth=0.5, alpha=0.45)
-        if len(curve.low) and not front:
-            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
-        if front:
-            axes.plot(curve.x, curve.y, **style | {"marker": "", "linewidth": 1.0, "alpha": 0.6})
-            axes.plot(curve.x[-1:], curve.y[-1:], **style | {"markersize": 6.5, "zorder": 4})
-        else:
-            axes.plot(curve.x, curve.y, **style, markevery=max(1, math.ceil(len(curve.x) / 7)))
-        if curve.bar:
-            axes.errorbar(
-                curve.x[-1:],
-                curve.y[-1:],
-                yerr=curve.bar,
-                color=colour,
-                elinewidth=1.1,
-                capsize=2,
-                fmt="none",
-                zorder=3,
-            )
-        if curve.broken:
-            axes.plot(
-                curve.x[-1:], curve.y[-1:], marker="x", color=palette.ink, markersize=7, markeredgewidth=1.6, zorder=5
-            )
+        _paint(axes, palette, curve, front)
     _limits(axes, lines)
     _dress(axes, palette, x_label, y_label)
     if front:
@@ -327,17 +402,112 @@ def _draw(
         _square_root(axes, "y", max(max(curve.y) for curve in lines))
 
 
+def _paint(axes: Axes, palette: Palette, curve: Curve, front: bool = False, faint: bool = False) -> None:
+    """One curve with its hairs, band, bar and cross; on a front its end is what counts. `faint`: its line is pale, for
+    what is predicted to be seen on it."""
+    colour = palette.betas[curve.beta]
+    style = _style(curve.variant, colour, palette) | ({} if curve.whole else {"marker": "", "linewidth": 0.9})
+    for across, values in curve.hairs:
+        axes.plot(across, values, color=colour, linewidth=0.5, alpha=0.45)
+    if len(curve.low) and not front:
+        axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.14, linewidth=0)
+    if front:
+        axes.plot(curve.x, curve.y, **style | {"marker": "", "linewidth": 1.0, "alpha": 0.6})
+        axes.plot(curve.x[-1:], curve.y[-1:], **style | {"markersize": 6.5, "zorder": 4})
+    else:
+        every = max(1, math.ceil(len(curve.x) / (12 if faint else 7)))
+        axes.plot(curve.x, curve.y, **style | ({"marker": "", "alpha": 0.4} if faint else {}), markevery=every)
+        if faint:
+            axes.plot(curve.x, curve.y, **style | {"linestyle": "", "zorder": 3}, markevery=every)
+    if curve.bar:
+        axes.errorbar(
+            curve.x[-1:],
+            curve.y[-1:],
+            yerr=curve.bar,
+            color=colour,
+            elinewidth=1.1,
+            capsize=2,
+            fmt="none",
+            zorder=3,
+        )
+    if curve.broken:
+        axes.plot(
+            curve.x[-1:], curve.y[-1:], marker="x", color=palette.ink, markersize=7, markeredgewidth=1.6, zorder=5
+        )
+
+
+def _draw_gap(
+    axes: Axes,
+    palette: Palette,
+    *,
+    lines: list[Curve],
+    x_label: str,
+    predicted: Sequence[Segment] = (),
+    levels: Sequence[tuple[int, float]] = (),
+) -> None:
+    """Gaps on a log axis. `predicted`: slopes of the theory; `levels`: (place of beta, gap of a fixed point)."""
+    for curve in lines:
+        _paint(axes, palette, curve, faint=bool(predicted))
+    for across, values in predicted:
+        _theory(axes, palette, across, values)
+    for beta, level in levels:
+        axes.axhline(level, color=palette.betas[beta], linewidth=1.1, linestyle=(0, (1, 2.4)), zorder=1)
+    _dress(axes, palette, x_label, GAP_LABEL)
+    _log_y(axes, lines, [level for _, level in levels])
+
+
+def _theory(axes: Axes, palette: Palette, across: Sequence[float], values: Sequence[float]) -> None:
+    """What is predicted: thin, dashed and grey, above the lines and under the markers."""
+    axes.plot(across, values, color=palette.quiet, linewidth=1.0, linestyle=(0, (3.6, 2.4)), zorder=2.5)
+
+
+def _draw_refinement(axes: Axes, palette: Palette, *, lines: Sequence[theory.Refined], y_label: str) -> None:
+    curved = [Curve(line.quantity, line.beta, line.steps, line.values) for line in lines]
+    for curve in curved:
+        axes.plot(curve.x, curve.y, **_style(curve.variant, palette.betas[curve.beta], palette))
+    every = sorted({steps for curve in curved for steps in curve.x})
+    above = 1.4 * max(value * steps for curve in curved for steps, value in zip(curve.x, curve.y, strict=True))
+    slope = [above / steps for steps in every]
+    _theory(axes, palette, every, slope)
+    _dress(axes, palette, "T, steps of the chain (log axis)", y_label)
+    _log_y(axes, curved, slope)
+    axes.set_xscale("log")
+    axes.set_xlim(every[0] / 1.15, every[-1] * 1.15)
+    axes.xaxis.set_major_locator(FixedLocator(apart(every)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(float(value))))
+
+
 def _limits(axes: Axes, lines: list[Curve]) -> None:
-    """Frame the lines and as much of the bands as fits in half as much again: a two-seed interval is very wide."""
-    values = [value for curve in lines for value in curve.y] + [
-        value for curve in lines for _, hair in curve.hairs for value in hair
+    axes.set_ylim(*_frame(lines))
+
+
+def _frame(lines: Sequence[Curve], scale: Callable[[float], float] = float) -> tuple[float, float]:
+    """Frame the lines and as much of the bands as fits in half as much again: a two-seed interval is very wide. All
+    in the units of `scale`."""
+    values = [scale(value) for curve in lines for value in curve.y] + [
+        scale(value) for curve in lines for _, hair in curve.hairs for value in hair
     ]
-    values += [curve.y[-1] + sign * curve.bar for curve in lines if curve.bar for sign in (-1, 1)]
+    values += [scale(curve.y[-1] + sign * curve.bar) for curve in lines if curve.bar for sign in (-1, 1)]
     low, high = min(values), max(values)
     span = (high - low) or abs(high) or 1.0
-    bottom = max(min([low, *(value for curve in lines for value in curve.low)]), low - span / 4)
-    top = min(max([high, *(value for curve in lines for value in curve.high)]), high + span / 4)
-    axes.set_ylim(bottom - 0.06 * span, top + 0.06 * span)
+    bottom = max(min([low, *(scale(value) for curve in lines for value in curve.low)]), low - span / 4)
+    top = min(max([high, *(scale(value) for curve in lines for value in curve.high)]), high + span / 4)
+    return bottom - 0.06 * span, top + 0.06 * span
+
+
+def _log_y(axes: Axes, lines: Sequence[Curve], levels: Sequence[float] = ()) -> None:
+    """A log axis that frames the curves, in log10 as `_limits` does it, and the levels."""
+    bottom, top = _frame(lines, math.log10)
+    places = [math.log10(level) for level in levels]
+    low, high = min([bottom, *(place - 0.1 for place in places)]), max([top, *(place + 0.1 for place in places)])
+    axes.set_ylim(_ten(low), _ten(high))
+    axes.set_yscale("log")  # after the limits, or it would look for its own
+    ticks = log_ticks(_ten(low), _ten(high))
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    wide = not all(1e-3 <= tick < 1e4 for tick in ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value) if wide else f"{value:g}"))
 
 
 def _join_ends(axes: Axes, palette: Palette, lines: list[Curve]) -> None:
@@ -450,6 +620,36 @@ def root_ticks(highest: float) -> list[float]:
     return [0.0, *reversed(ticks)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers of a log axis: at most six powers of ten; with fewer than three, 1, 3 or 1, 2, 5 times them too."""
+    bottom, top = math.log10(low), math.log10(high)
+    powers = list(range(math.ceil(bottom), math.floor(top) + 1))
+    if len(powers) > 2:
+        every = math.ceil(len(powers) / 6)
+        return [10.0**exponent for exponent in powers if exponent % every == 0]
+    leads = (1, 2, 5) if top - bottom < 1.6 else (1, 3)
+    decades = range(math.floor(bottom), math.floor(top) + 1)
+    found = [lead * 10.0**exponent for exponent in decades for lead in leads if low <= lead * 10.0**exponent <= high]
+    return found if len(found) > 1 else [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+
+
+def power(value: float) -> str:
+    """10⁻⁵, 3·10⁻⁵: as text, which follows the page's font where mathematics would not."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    lead = f"{value / 10.0**exponent:.3g}"
+    ten = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return ten if lead == "1" else f"{lead}·{ten}"
+
+
+def apart(values: Sequence[float]) -> list[float]:
+    """Those of the increasing values that can be labelled on a log axis: at least a twelfth of it from each other."""
+    kept, room = [values[0]], math.log(values[-1] / values[0]) / 12
+    for value in values[1:]:
+        if math.log(value / kept[-1]) >= room:
+            kept.append(value)
+    return kept
+
+
 # ------------------------------------------------------------------------------------------------------------ output
 
 
@@ -490,35 +690,64 @@ def svg(panel: Panel, betas: int, identity: str) -> str:
     return _themed(re.sub(r"\n\s*", "\n", text))
 
 
-def sheet(
-    found: Sequence[Panel], path: Path, *, heading: str, note: str, variants: Sequence[str], betas: Sequence[Any]
-) -> None:
+TALL, NOTE_LINE = 1.95, 0.125
+"""Inches, on a sheet: the height of a panel's axes, and of a line of its note."""
+
+
+def _note(panel: Panel) -> list[str]:
+    """The panel's note in lines that fit under it."""
+    return textwrap.wrap(panel.note, 58)
+
+
+def _footnote(axes: Axes, panel: Panel, palette: Palette) -> None:
+    """The panel's note under its x label, as the page has it under the figure."""
+    lines, below = "\n".join(_note(panel)), (0, -31)
+    axes.annotate(lines, (0, 0), below, "axes fraction", "offset points", va="top", color=palette.quiet, fontsize=7)
+
+
+def shown(sweep: Sweep, cells: Sequence[Cell]) -> tuple[dict[int, str], dict[int, str]]:
+    """What a legend of these cells names: variants and betas, by their place in the sweep."""
+    variants, betas = {cell.variant for cell in cells}, {show(cell.beta) for cell in cells}
+    return (
+        {i: name for i, name in enumerate(sweep.variants) if name in variants},
+        {i: f"β {show(beta)}" for i, beta in enumerate(sweep.betas) if show(beta) in betas},
+    )
+
+
+def sheet(found: Sequence[Panel], path: Path, sweep: Sweep, cells: Sequence[Cell], *, heading: str, note: str) -> None:
     """All panels of a prompt with their legend as one PNG on white; `note` says what bars and bands are."""
-    palette, columns = print_palette(len(betas)), min(3, len(found))
-    rows = math.ceil(len(found) / columns)
+    palette, columns = print_palette(len(sweep.betas)), min(3, len(found))
+    rows, width = math.ceil(len(found) / columns), WIDTH * columns
+    variants, betas = shown(sweep, cells)
+    names = [*variants.values(), *betas.values()]
+    fitting = max(1, min(8, int(width / (0.75 + 0.075 * max(map(len, names))))))
+    feet = [NOTE_LINE * len(_note(panel)) for panel in found]
+    last = (rows - 1) * columns
+    top, between = 0.75, 0.8 + max(feet[:last], default=0.0)
+    low = 0.85 + max(feet[last:]) + 0.2 * (math.ceil(len(names) / fitting) - 1)
     with rc_context(RC):
-        width, height = WIDTH * columns, HEIGHT * rows + 0.95
+        height = top + rows * TALL + (rows - 1) * between + low
         figure = Figure(figsize=(width, height), facecolor="white")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, found, strict=False):
             panel.draw(axes, palette)
+            _footnote(axes, panel, palette)
         for axes in list(grid.flat)[len(found) :]:
             axes.set_visible(False)
         room = max(_label_room(axes) for axes in list(grid.flat)[: len(found)])
         gap = (room + 0.15) / ((width - columns * room - 0.15 * columns) / columns)
-        figure.subplots_adjust(room / width, 0.85 / height, 1 - 0.15 / width, 1 - 0.75 / height, gap, 0.42)
+        edges = (room / width, low / height, 1 - 0.15 / width, 1 - top / height)
+        figure.subplots_adjust(*edges, wspace=gap, hspace=between / TALL)
         figure.suptitle(
             heading, x=0.12 / width, y=1 - 0.08 / height, va="top", ha="left", color=palette.ink, fontsize=10
         )
-        handles = [Line2D([], [], label=name, **_style(i, palette.ink, palette)) for i, name in enumerate(variants)]
-        handles += [
-            Line2D([], [], label=f"β {show(beta)}", color=palette.betas[i], linewidth=4) for i, beta in enumerate(betas)
-        ]
+        handles = [Line2D([], [], label=name, **_style(i, palette.ink, palette)) for i, name in variants.items()]
+        handles += [Line2D([], [], label=name, color=palette.betas[i], linewidth=4) for i, name in betas.items()]
         figure.text(0.12 / width, 1 - 0.28 / height, note, ha="left", va="top", color=palette.quiet)
         figure.legend(
             handles=handles,
             loc="lower left",
-            ncols=8,
+            ncols=fitting,
             frameon=False,
             handlelength=2.6,
             columnspacing=1.4,

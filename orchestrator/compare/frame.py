@@ -70,7 +70,7 @@ class Cell:
     seed: Any
     extras: Mapping[str, Any]
     variant: str
-    """The method with the further axes that vary, as in "pi_ft estimator=score": what a line style stands for."""
+    """The method with the further axes that vary in a prompt, "pi_ft estimator=score": what a line style stands for."""
     title: str
     """For rows and lists: "pi_ft β 0.1", with its seed where the sweep has several."""
     state: str
@@ -107,12 +107,17 @@ class Cell:
         """The metric at the last evaluation."""
         return self.evaluations[-1].metrics.get(metric) if self.evaluations else None
 
-    def spent(self, budget: str, step: int | None = None) -> float | None:
-        """What a budget stood at after `step` gradient steps (all of them by default): its newest value up to there."""
+    def newest(self, metric: str, step: int | None = None) -> float | None:
+        """The newest value of any metric up to `step` (of all records by default), at an evaluation or not."""
         for record in reversed(self.records):
-            if (step is None or record.step <= step) and budget in record.metrics:
-                return record.metrics[budget]
-        return 0.0 if step == 0 else None
+            if (step is None or record.step <= step) and metric in record.metrics:
+                return record.metrics[metric]
+        return None
+
+    def spent(self, budget: str, step: int | None = None) -> float | None:
+        """What a budget stood at after `step` gradient steps (all of them by default)."""
+        found = self.newest(budget, step)
+        return 0.0 if found is None and step == 0 else found
 
     def change(self, sample: str) -> Estimate | None:
         """The paired change of a per-picture quantity from step 0 to the last evaluation; None before there are two."""
@@ -186,6 +191,12 @@ def series(cells: Iterable[Cell]) -> dict[tuple[str, Any], list[Cell]]:
     return _grouped(cells, lambda cell: (cell.variant, cell.beta))
 
 
+def sampled(cells: Sequence[Cell]) -> str:
+    """What the evaluations of these cells draw: "pictures", or "samples" of a model that has none to show."""
+    records = [record for cell in cells for record in cell.evaluations]
+    return "samples" if records and not any(record.pictures for record in records) else "pictures"
+
+
 def _grouped(cells: Iterable[Cell], name: Any) -> dict[Any, list[Cell]]:
     groups: dict[Any, list[Cell]] = {}
     for cell in cells:
@@ -211,7 +222,7 @@ def load(store: Store, name: str) -> Sweep:
 
 def _cell(store: Store, plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Cell:
     folder, extras = store.trial(entry["key"]), _extras(plan, entry)
-    varying = [name for name in extras if len({show(other.get(name)) for other in plan["cells"]}) > 1]
+    varying = [name for name in extras if _varies(plan, name)]
     variant = " ".join([str(entry["method"]), *(f"{name.rpartition('.')[2]}={show(extras[name])}" for name in varying)])
     seed = f" seed {show(entry['seed'])}" if len({show(other["seed"]) for other in plan["cells"]}) > 1 else ""
     return Cell(
@@ -231,6 +242,13 @@ def _cell(store: Store, plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Ce
         records=_records(folder),
         done=read_json(folder.done) or {},
         folder=folder,
+    )
+
+
+def _varies(plan: Mapping[str, Any], name: str) -> bool:
+    """Does a further axis tell cells of one prompt apart? (A model that comes with its own prompt does not.)"""
+    return len({(cell["prompt"], show(cell.get(name))) for cell in plan["cells"]}) > len(
+        {cell["prompt"] for cell in plan["cells"]}
     )
 
 

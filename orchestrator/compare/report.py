@@ -7,6 +7,7 @@ of all cells, settings, provenance, and the definition of every metric.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -118,8 +119,13 @@ def _verdicts(sweep: Sweep) -> str:
 
 
 def _lines(lines: Iterable[verdict.Line]) -> str:
-    items = [tag("li", tag("b", text(line.subject)), text(f": {line.text}"), cls=line.tone) for line in lines]
+    items = [tag("li", tag("b", text(line.subject)), _whole(f": {line.text}"), cls=line.tone) for line in lines]
     return tag("ul", *items, cls="verdict")
+
+
+def _whole(words: str) -> str:
+    """A sentence as HTML; its gap is not broken over two lines, as browsers like to do behind the hyphen of 1.2e-05."""
+    return re.sub(r"gap \S+ → [^\s,]+\b", lambda found: tag("span", found[0], cls="whole"), text(words))
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -149,11 +155,9 @@ def _plot(panel: figures.Panel, betas: int, identity: str) -> str:
 
 def _legend(sweep: Sweep, cells: Sequence[Cell]) -> str:
     """Methods by line and marker, beta by colour: once for all panels of a prompt."""
-    variants, betas = {cell.variant for cell in cells}, {show(cell.beta) for cell in cells}
-    items = [tag("li", _sample(i), text(name)) for i, name in enumerate(sweep.variants) if name in variants]
-    for i, beta in enumerate(sweep.betas):
-        if show(beta) in betas:
-            items.append(tag("li", tag("i", style=f"background:var(--b{i})"), text(f"β {show(beta)}")))
+    variants, betas = figures.shown(sweep, cells)
+    items = [tag("li", _sample(i), text(name)) for i, name in variants.items()]
+    items += [tag("li", tag("i", style=f"background:var(--b{i})"), text(name)) for i, name in betas.items()]
     return tag("ul", *items, tag("li", figures.bars_note(cells), cls="quiet"), cls="legend")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from orchestrator.compare import verdict
+from orchestrator.compare import theory, verdict
 from orchestrator.compare.frame import BUDGETS, Cell, Sweep, row, show
 from orchestrator.compare.markup import facts, folded, table, tag, text
 from orchestrator.provenance import UNKNOWN, provenance
@@ -26,7 +26,10 @@ COLUMNS = (
     ("judge", "last"),
     ("judge change", "± paired se"),
     ("path KL", "nats"),
+    ("KL of Y_0", "nats"),
     ("J", "objective"),
+    ("gap to J*", "reward units"),
+    ("κ max", "of eq. 18"),
     ("diversity", "step 0"),
     ("diversity", "last"),
     ("gradient", "steps"),
@@ -37,44 +40,45 @@ COLUMNS = (
 )
 WORDS = ("prompt", "method", "state")
 """The columns that hold words."""
+OPTIONAL = ("judge", "judge change", "KL of Y_0", "gap to J*", "κ max", "diversity")
+"""The columns of what not every model or setting has: left out where no cell has a value."""
 
 
 def cells(sweep: Sweep) -> str:
     """All cells, one row each; a click on a column's title sorts."""
-    heads = [
-        tag(
-            "th",
-            tag("button", name),
-            tag("small", unit or "&nbsp;", cls="quiet"),
-            cls="sort" + " text" * (name in WORDS),
-            scope="col",
-        )
-        for name, unit in COLUMNS
-    ]
+    rows = [_row(cell) for cell in sweep.cells]
+    kept = [i for i, (name, _) in enumerate(COLUMNS) if name not in OPTIONAL or any(r[i][0] is not None for r in rows)]
+    heads = [_head(*COLUMNS[i]) for i in kept]
     note = "A title sorts. The same with every metric: <code>cells.csv</code>; every point: <code>curves.csv</code>."
-    body = table(heads, (_row(cell) for cell in sweep.cells), cls="sortable")
+    body = table(heads, ([_entry(COLUMNS[i][0], *row[i]) for i in kept] for row in rows), cls="sortable")
     return tag("section", "<h2>All cells</h2>", tag("p", note, cls="quiet"), body, id="cells")
 
 
-def _row(cell: Cell) -> list[str]:
+def _head(name: str, unit: str) -> str:
+    small = tag("small", unit or "&nbsp;", cls="quiet")
+    return tag("th", tag("button", name), small, cls="sort" + " text" * (name in WORDS), scope="col")
+
+
+def _entry(column: str, value: Any, shown: str) -> str:
+    return tag("td", text(shown), cls="text") if column in WORDS else _number(value, shown)
+
+
+def _row(cell: Cell) -> list[tuple[Any, str]]:
+    """The full value and how it is shown, column by column."""
     values = row(cell)
     at = "" if cell.finished or cell.step is None else f" at {cell.step}"
-    out = [tag("td", text(value), cls="text") for value in (cell.prompt, cell.variant)]
-    out += [
-        _number(cell.beta, show(cell.beta)),
-        _number(cell.seed, show(cell.seed)),
-        tag("td", text(cell.state + at), cls="text"),
-    ]
+    words = (cell.prompt, cell.variant, cell.beta, cell.seed, cell.state + at)
+    out: list[tuple[Any, str]] = [(value, show(value)) for value in words]
     for name in ("reward", "judge"):
-        out += [_number(values[f"{name}_{end}"], verdict.plain(values[f"{name}_{end}"])) for end in ("first", "last")]
-        out.append(_number(values[f"{name}_change"], verdict.with_error(cell.change(name))))
-    out.append(_number(values["kl_path_nats"], verdict.nats(values["kl_path_nats"])))
-    out.append(_number(values["objective"], verdict.plain(values["objective"])))
-    out += [
-        _number(values[f"diversity_{end}"], verdict.plain(values[f"diversity_{end}"], 3)) for end in ("first", "last")
-    ]
-    out.append(_number(cell.steps, show(cell.steps)))
-    return out + [_number(values[name], "" if values[name] is None else f"{values[name]:,.0f}") for name in BUDGETS]
+        out += [(values[f"{name}_{end}"], verdict.plain(values[f"{name}_{end}"])) for end in ("first", "last")]
+        out.append((values[f"{name}_change"], verdict.with_error(cell.change(name))))
+    out += [(value, verdict.nats(value)) for value in (values["kl_path_nats"], cell.newest(theory.INITIAL_KL))]
+    out.append((values["objective"], verdict.plain(values["objective"])))
+    out.append((cell.newest(theory.GAP), verdict.tiny(cell.newest(theory.GAP))))
+    out.append((cell.newest(theory.KAPPA), verdict.nats(cell.newest(theory.KAPPA))))
+    out += [(values[f"diversity_{end}"], verdict.plain(values[f"diversity_{end}"], 3)) for end in ("first", "last")]
+    out.append((cell.steps, show(cell.steps)))
+    return out + [(values[name], "" if values[name] is None else f"{values[name]:,.0f}") for name in BUDGETS]
 
 
 def _number(value: Any, shown: str) -> str:

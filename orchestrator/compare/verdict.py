@@ -7,10 +7,12 @@ standard errors, a mean over seeds where its 95 % interval leaves zero out, and 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.compare.frame import Cell, Sweep, series, show
+from orchestrator.compare import theory
+from orchestrator.compare.frame import Cell, Sweep, sampled, series, show
 from orchestrator.compare.statistics import Estimate, Interval, paired, t_interval
 
 
@@ -38,6 +40,11 @@ def plain(value: float | None, digits: int = 2) -> str:
 def nats(value: float | None) -> str:
     """A KL with three significant digits."""
     return "–" if value is None else f"{value:.3g}"
+
+
+def tiny(value: float | None) -> str:
+    """A gap, over whatever powers of ten: 1.2e-05."""
+    return "–" if value is None else f"{value:.1e}"
 
 
 def with_error(change: Estimate | Interval | None) -> str:
@@ -72,30 +79,47 @@ def hacked(reward: Estimate | Interval | None, judge: Estimate | Interval | None
 
 def of_cell(cell: Cell) -> Line:
     """ "pi_ft β 0.1 seed 0: reward +0.84 ± 0.07 over its step 0 (paired over 48 pictures), judge ..., KL ... nats"."""
-    change, judge = cell.change("reward"), cell.change("judge")
-    if change is None:
+    change, judge, gap = cell.change("reward"), cell.change("judge"), theory.gap(cell)
+    if change is None and gap is None:
         return Line(
             "none",
             cell.title,
             f"{cell.status}: no result." if not cell.finished else "done, but nothing to pair.",
         )
-    parts = [f"reward {with_error(change)} over its step 0 (paired over {change.n} pictures)"]
-    if judge:
-        parts.append(f"judge {with_error(judge)}")
-    parts.append(f"KL {nats(cell.last('eval/kl_path_nats'))} nats")
-    text = ", ".join(parts) + "."
-    if not change.clear:
+    text = ", ".join(_findings(cell)) + "."
+    if change and not change.clear:
         text += " No clear change of reward."
     if hacked(change, judge):
         text += HACKING
     if not cell.finished:
-        return Line("none", cell.title, f"{cell.status}. Up to step {cell.evaluations[-1].step}: {text}")
-    return Line("mixed" if hacked(change, judge) else tone(change), cell.title, text)
+        at = cell.evaluations[-1].step if cell.evaluations else cell.step
+        return Line("none", cell.title, f"{cell.status}. Up to step {at}: {text}")
+    return Line("mixed" if hacked(change, judge) else tone(change) if change else _closer(gap), cell.title, text)
+
+
+def _findings(cell: Cell) -> list[str]:
+    """What a cell has to say of reward, judge, KL and gap, as far as it has them."""
+    change, judge, gap = cell.change("reward"), cell.change("judge"), theory.gap(cell)
+    parts = []
+    if change:
+        parts.append(f"reward {with_error(change)} over its step 0 (paired over {change.n} {sampled([cell])})")
+    if judge:
+        parts.append(f"judge {with_error(judge)}")
+    if change or cell.last("eval/kl_path_nats") is not None:
+        parts.append(f"KL {nats(cell.last('eval/kl_path_nats'))} nats")
+    if gap:
+        parts.append(f"gap {tiny(gap[0])} → {tiny(gap[1])}")
+    return parts
+
+
+def _closer(gap: tuple[float, float] | None) -> str:
+    """The tone of an exact gap, for a cell with no samples to pair."""
+    return "none" if gap is None else "up" if gap[1] < gap[0] else "flat" if gap[1] == gap[0] else "down"
 
 
 def of_seeds(group: Sequence[Cell]) -> Line:
     """The mean over the finished seeds of one (variant, beta) with its 95 % t interval; or why there is none."""
-    finished = [cell for cell in group if cell.finished and cell.change("reward")]
+    finished = [cell for cell in group if cell.finished and (cell.change("reward") or theory.gap(cell))]
     subject = f"{group[0].variant} β\u00a0{show(group[0].beta)}"
     if not finished:
         return Line("none", subject, f"none of {len(group)} seeds has a result.")
@@ -104,17 +128,24 @@ def of_seeds(group: Sequence[Cell]) -> Line:
         return Line(line.tone, line.subject, f"{line.text} {only}" if len(group) > 1 else line.text)
     reward, judge = (_over([c.mean for cell in finished if (c := cell.change(name))]) for name in ("reward", "judge"))
     kl = _over([value for cell in finished if (value := cell.last("eval/kl_path_nats")) is not None])
-    text = f"reward {with_error(reward)} (mean over {len(finished)} seeds, 95 % t interval)"
-    if judge:
-        text += f", judge {with_error(judge)}"
-    if kl:
-        text += f", KL {with_spread(kl)} nats"
-    text += "." if reward and reward.clear else ". The interval includes zero: no claim."
+    gap = _median([found for cell in finished if (found := theory.gap(cell))])
+    parts = [f"reward {with_error(reward)} (mean over {len(finished)} seeds, 95 % t interval)"] if reward else []
+    parts += [f"judge {with_error(judge)}"] if judge else []
+    parts += [f"KL {with_spread(kl)} nats"] if kl else []
+    parts += [f"gap {tiny(gap[0])} → {tiny(gap[1])} (median of {len(finished)} seeds)"] if gap else []
+    text = ", ".join(parts) + ("." if reward is None or reward.clear else ". The interval includes zero: no claim.")
     if hacked(reward, judge):
         text += HACKING
     if len(finished) < len(group):
         text += f" {len(group) - len(finished)} of {len(group)} seeds have no result and are not in it."
-    return Line("mixed" if hacked(reward, judge) else tone(reward), subject, text)
+    return Line("mixed" if hacked(reward, judge) else tone(reward) if reward else _closer(gap), subject, text)
+
+
+def _median(gaps: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """The median first and last gap: unlike a mean it is right on a log axis, and a sign lost to rounding is nothing
+    to it."""
+    before, after = [first for first, _ in gaps], [last for _, last in gaps]
+    return (statistics.median(before), statistics.median(after)) if gaps else None
 
 
 def _over(values: Sequence[float]) -> Interval | None:
@@ -146,7 +177,7 @@ def _between(ones: Sequence[Cell], others: Sequence[Cell]) -> Line | None:
         differences[0] if len(differences) == 1 else t_interval([d.mean for d in differences])
     )
     how = (
-        f"paired over {differences[0].n} pictures, one seed"
+        f"paired over {differences[0].n} {sampled([one])}, one seed"
         if len(differences) == 1
         else f"{len(differences)} seeds, 95 % t interval"
     )
@@ -162,11 +193,12 @@ def _difference(one: Cell, other: Cell) -> Estimate | None:
 
 
 def table(sweep: Sweep) -> str:
-    """The sweep in a terminal: a line per cell, in plan order, under its prompt."""
-    names = ("method", "β", "seed", "state", "reward", "change", "judge", "KL", "s")
+    """The sweep in a terminal: a line per cell, in plan order, under its prompt. `gap` where some cell has one."""
+    known = any(cell.newest(theory.GAP) is not None for cell in sweep.cells)
+    names = ("method", "β", "seed", "state", "reward", "change", "judge", "KL", *["gap"] * known, "s")
     blocks = [f"sweep {sweep.name}: {counts(sweep)}"]
     for cells in sweep.prompts.values():
-        rows = [names, *(_terminal(cell) for cell in cells)]
+        rows = [names, *(_terminal(cell, known) for cell in cells)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
         text = [
             "  ".join(
@@ -176,10 +208,11 @@ def table(sweep: Sweep) -> str:
         ]
         blocks.append("\n".join([f"\n{cells[0].prompt_text}  ({cells[0].prompt})", *(line.rstrip() for line in text)]))
     legend = "reward: step 0 → last; change, judge: over step 0; KL: path KL in nats; s: seconds of training."
-    return "\n".join([*blocks, "", legend, seeds_note(sweep)])
+    gaps = ["gap: J* − J at the last evaluation, exact, in the reward's units."] * known
+    return "\n".join([*blocks, "", legend, *gaps, seeds_note(sweep)])
 
 
-def _terminal(cell: Cell) -> tuple[str, ...]:
+def _terminal(cell: Cell, known: bool) -> tuple[str, ...]:
     start, end = cell.first("eval/reward_mean"), cell.last("eval/reward_mean")
     state = cell.state if cell.finished or cell.step is None else f"{cell.state} @{cell.step}"
     return (
@@ -191,6 +224,7 @@ def _terminal(cell: Cell) -> tuple[str, ...]:
         with_error(cell.change("reward")),
         with_error(cell.change("judge")),
         nats(cell.last("eval/kl_path_nats")),
+        *[tiny(cell.newest(theory.GAP))] * known,
         plain(cell.spent("budget/seconds"), 0),
     )
 
@@ -204,7 +238,7 @@ def counts(sweep: Sweep) -> str:
 def seeds_note(sweep: Sweep) -> str:
     """What the errors mean, and what they cannot."""
     seeds = len({cell.seed for cell in sweep.cells})
-    over = "± is one paired standard error over the evaluation pictures (same noise before and after)."
+    over = f"± is one paired standard error over the evaluation {sampled(sweep.cells)} (same noise before and after)."
     if seeds == 1:
         return f"{over} {ONE_SEED}"
     return f"{over} Means over seeds carry 95 % t intervals."
