@@ -17,6 +17,8 @@ from torch import Tensor
 
 from orchestrator.errors import UserError
 from orchestrator.grid import compose
+from orchestrator.ledger import Store
+from orchestrator.sample import sample
 from tests.test_methods import (
     BETA,
     Designed,
@@ -134,6 +136,24 @@ def test_the_gap_is_the_sampled_objective(model: str) -> None:
     expected = exact["theory/objective_optimum"] - exact["theory/gap"]
     assert J.mean().item() == pytest.approx(expected, abs=5 * J.std().item() / 20000**0.5)
     assert exact["theory/gap"] > 0.05
+
+
+def test_algorithm_1_counts_on_after_a_stop(tmp_path: Path) -> None:
+    """Stopped and resumed: the journal of an undisturbed run. Kills: an inner count that restarts."""
+    spec = spec_of(*LQ, "method=algorithm_1", "beta=1", "train.gradient_steps=4", "eval.every=1").to_dict()
+    assert run_trial(spec, tmp_path / "whole").state == "done"
+    asked = iter([False, True])
+    assert run_trial(spec, tmp_path / "cut", should_stop=lambda: next(asked)).state == "stopped"
+    assert run_trial(spec, tmp_path / "cut").state == "done"
+    assert journal(tmp_path / "cut", "theory/gap") == journal(tmp_path / "whole", "theory/gap")
+
+
+def test_a_trial_without_pictures_has_none_to_sample(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    spec = spec_of(*LQ, "method=algorithm_1", "beta=1", "train.gradient_steps=1")
+    assert run_trial(spec.to_dict(), store.trial(spec.key).root).state == "done"
+    with pytest.raises(UserError, match="model=lq, which draws no pictures"):
+        sample(store, spec.key[:6], 2, tmp_path / "out")
 
 
 def test_the_exact_control_of_the_mixture_fits_its_splines() -> None:

@@ -322,7 +322,7 @@ def iterate(
     initial_law: str | Array = "fixed",
     future_kl: bool = True,
 ) -> Solution:
-    """Algorithm 1 on tables; see `policy_iteration`. The margin has the paper's steps."""
+    """Algorithm 1 on tables; see `policy_iteration`. The margin has the paper's steps, as in lq.iterate."""
     m_t = _counts(inner_steps, problem.T)
 
     def works(scale: float) -> bool:
@@ -334,9 +334,9 @@ def iterate(
     for t in reversed(range(problem.T)):                                               # for t = T-1, ..., 0
         G = Smooth(problem.y, expected(problem.y, target, float(problem.sigma[t])))    #   E V_{t+1}(. + sigma W)
         step = _step_of(problem, t, G, damping, works)
-        limit, u = fixed_point(problem, t, G), problem.s[t]                           #   u^(0) = s
+        limit, u = fixed_point(problem, t, G), problem.s[t]                            #   u^(0) = s
         found, rate, before = [], np.full_like(u, np.nan), None
-        for m in range(m_t[t] + 1):                                                    #   for m = 0, ..., m_t - 1
+        for m in range(m_t[t] + 1):                                                    #   line 6: for m < m_t
             error = np.abs(u - limit)
             rate, before = _measured_rate(before, error, limit, rate), error
             found.append(float(error.max()))
@@ -344,7 +344,7 @@ def iterate(
                 raise ArithmeticError(f"eq. 18 did not converge at t={t} in {MOST_STEPS} inner steps (tol={tol:g})")
             if m == m_t[t]:
                 break
-            new = _eq_18(problem, t, G, u)                                             #     u^(m+1) = s + c E grad V
+            new = _eq_18(problem, t, G, u)                                             #     line 7: eq. 18
             moved, u = float(np.abs(new - u).max()), u + step.eta * (new - u)          #     (damped: part of the way)
             if inner_steps is None and moved <= tol * (1 + float(np.abs(u).max())):
                 break

@@ -421,7 +421,8 @@ def iterate(
     damping: str | float | None = "auto",
     initial_law: str = "fixed",
 ) -> Iterated:
-    """Algorithm 1 with m_t inner steps at each t (torch). The margin has the paper's steps; see `policy_iteration`."""
+    """Algorithm 1 with m_t inner steps at each t (torch); see `policy_iteration`. The margin has the paper's steps, and
+    the line numbers of its pseudocode where the design notes give them."""
     m_t = _counts(inner_steps, lq.T)
 
     def first_Q(other: LinearQuadratic) -> Tensor | None:
@@ -456,8 +457,8 @@ def _iterates(
     """(K, k) of u^(0) = s to u^(m_t) against grad V_{t+1} = Q y + q."""
     K, k = -lq.P[t], lq.p[t]                                                           #   u^(0) = s
     found = [(K, k)]
-    for _ in range(m_t):                                                               #   for m = 0, ..., m_t - 1
-        new = _eq_18(lq, t, K, k, Q, q)                                                #     u^(m+1) = s + c E grad V
+    for _ in range(m_t):                                                               #   line 6: for m < m_t
+        new = _eq_18(lq, t, K, k, Q, q)                                                #     line 7: eq. 18
         K, k = K + eta * (new[0] - K), k + eta * (new[1] - k)                          #     (damped: part of the way)
         found.append((K, k))
     return found
