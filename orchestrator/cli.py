@@ -39,6 +39,8 @@ OVERRIDES are settings of conf/, in Hydra's grammar; the command line wins over 
   "prompt='a dog, on the moon'"  a free text instead of an id of the prompt set (quote it if it has a comma)
   sweep=quickstart             a file of conf/sweep/: axes, exclusions, settings per method
   executor=ray store=/data/me  how it runs, and where the results lie
+  regulariser=chi_square       another divergence than KL; initial_law=gaussian learns the law of Y_0 too
+  beta.schedule=contraction beta.rate=0.5     beta_t for a guaranteed rate (model=lq, mixture)
   train.gradient_steps=100 sampler.steps=20 lora.rank=8 method.lr=1e-3 eval.every=5 ...
 All settings with their defaults and sources: {conf}
 """

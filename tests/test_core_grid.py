@@ -562,3 +562,21 @@ def test_distances_of_gaussians() -> None:
     kl = np.log(0.7 / 0.9) + (0.81 + 0.09) / (2 * 0.49) - 0.5
     assert grid.kl_divergence(one, third, Y) == pytest.approx(kl, abs=1e-9)
     assert grid.kl_divergence(np.where(Y > 0, 2 * norm.pdf(Y), 0), norm.pdf(Y), Y) == pytest.approx(np.log(2), abs=2e-2)
+
+
+def test_the_terminal_density_of_a_solution_is_its_own() -> None:
+    """It takes a problem with a table, a problem alone (the pre-trained chain) or a Solution with its own law of Y_0.
+
+    Kills: a Solution pushed from N(0, 1); the optimum where the pre-trained chain was asked for.
+    """
+    y = np.linspace(-6, 6, 601)
+    abar = np.cumprod(SCALAR["alpha"][::-1])[::-1]
+    problem = grid.grid_problem(
+        SCALAR["alpha"], SCALAR["sigma"], 0.5, lambda y, t: -(y - abar[t] ** 0.5) / (1 - 0.75 * abar[t]),
+        lambda y: -((y - 0.5) ** 2) / 2, y,
+    )  # fmt: skip
+    found = grid.iterate(problem, initial_law="tilted")
+    assert np.array_equal(grid.terminal_density(found), found.terminal_density)
+    assert np.array_equal(found.terminal_density, grid.terminal_density(problem, found.u, found.initial_density))
+    assert not np.allclose(found.terminal_density, grid.terminal_density(problem, found.u), atol=1e-4)
+    assert np.array_equal(grid.terminal_density(problem), grid.terminal_density(problem, problem.s))

@@ -48,14 +48,6 @@ LQ = ["model=lq", "reward=quadratic", "reward.Q=-1", "reward.q=1"]
 MIXTURE = ["model=mixture", "reward=quadratic", "reward.Q=-1", "reward.q=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def spec_of(*overrides: str) -> TrialSpec:
     (cell,) = compose(list(overrides)).cells
     return cell.spec

@@ -447,12 +447,15 @@ def fixed_point(problem: GridProblem, t: int, G: Smooth) -> Array:
 # ------------------------------------------------------------------------------------------------------ laws
 
 
-def terminal_density(problem: GridProblem, u: Array, initial: Array | None = None) -> Array:
-    """(n,): the density of Y_T under the control table `u` (T, n), from `initial` (N(0, 1) by default).
+def terminal_density(problem: GridProblem | Solution, u: Array | None = None, initial: Array | None = None) -> Array:
+    """(n,): the density of Y_T under the control table `u` (T, n; the pre-trained one by default), from `initial`
+    (N(0, 1) by default); of a Solution, under its own control and from its own initial law.
 
     Raises ValueError where y -> A y + B u(y) is not increasing: the density would fold over.
     """
-    return densities(problem, u, initial)[-1]
+    if isinstance(problem, Solution):
+        return problem.terminal_density
+    return densities(problem, problem.s if u is None else u, initial)[-1]
 
 
 def densities(problem: GridProblem, u: Array, initial: Array | None = None) -> Array:

@@ -551,8 +551,8 @@ def policy_iteration(
     reward_Q: Any,
     reward_q: Any,
     reward_c: Any = 0.0,
+    inner_steps: int | Sequence[int] = 1,
     *,
-    inner_steps: int | Sequence[int],
     damping: str | float | None = "auto",
     initial_law: str = "fixed",
 ) -> Iterated:
