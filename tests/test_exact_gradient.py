@@ -7,6 +7,7 @@ agreement is limited by rounding alone: about 1e-13 is found, 1e-9 is asked, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from torch import Tensor
 from tests import tiny
 from workers.core.chain import beta_steps
 from workers.generators import Generators
+from workers.initial_law import GaussianInitialLaw
 from workers.methods.pi_ft import PIFT, PIFTConfig
 from workers.models.diffusion import DiffusionModel
 from workers.rollout import Budget, Problem
 from workers.spec import Lora, Sampler
 
+PLAIN = {"estimator": "pathwise", "inner_steps": 1, "weight_decay": 0.0, "max_grad_norm": None}
 BETA, PROMPT, T, N = 0.07, "a green rabbit", 4, 3
 
 
@@ -72,10 +75,12 @@ def plain_J(
     eta: float,
     beta: list[float],
     states: Tensor | None = None,
+    start: Callable[[Tensor], Tensor] = lambda noise: noise,
 ) -> Plain:
-    """Sample N chains from the trial's noise with everything's graph kept, or (`states`) stay on given ones."""
+    """Sample N chains from the trial's noise with everything's graph kept, or (`states`) stay on given ones; `start`
+    makes Y_0 of its noise."""
     generators = Generators(7)
-    y = generators.normal("rollout", (N, 4, 4, 4)).double()
+    y = start(generators.normal("rollout", (N, 4, 4, 4)).double())
     W = generators.normal("rollout", (T, N, 4, 4, 4)).double()
     tables = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0).double()
     total, found = torch.zeros(N, dtype=torch.float64), Plain(torch.zeros(()), 0.0, 0.0, [], [], [])
@@ -114,8 +119,7 @@ def problem_of(model: DiffusionModel, schedule: str, micro_batch: int) -> Proble
 
 def method_of(problem: Problem, **changes: object) -> tuple[PIFT, list[list[Tensor]]]:
     """PI-FT at lr 1e-30, which moves nothing, and the gradients its optimiser is handed."""
-    given = {"lr": 1e-30, "estimator": "pathwise", "inner_steps": 1, "weight_decay": 0.0, "max_grad_norm": None}
-    method, taken = PIFT(problem, PIFTConfig(**given | changes)), []
+    method, taken = PIFT(problem, PIFTConfig(**{"lr": 1e-30, **PLAIN} | changes)), []
     method.adam.register_step_pre_hook(lambda *_: taken.append([p.grad.clone() for p in problem.model.parameters()]))
     return method, taken
 
@@ -169,6 +173,30 @@ def test_pathwise_is_minus_the_gradient_of_J(
 def method_and_step(problem: Problem) -> tuple[dict[str, float], list[list[Tensor]]]:
     method, taken = method_of(problem)
     return method.step(), taken
+
+
+def test_pathwise_gradient_of_the_initial_law_is_exact_too(checkpoint: Path) -> None:
+    """initial_law=gaussian: minus the gradient of J - beta_0 KL(q0 || N(0, I)) in mu and log std, by plain autograd.
+
+    Kills: the costate of Y_1 for that of Y_0; a KL averaged over the 64 latent dimensions; beta_0 forgotten.
+    """
+    model = model_of(checkpoint, 1.0, 1.0)
+    mu = torch.linspace(-0.3, 0.4, 64, dtype=torch.float64).view(4, 4, 4).requires_grad_()
+    log_std = torch.linspace(0.2, -0.1, 64, dtype=torch.float64).view(4, 4, 4).requires_grad_()
+    plain = plain_J(model, base_unet(checkpoint), 1.0, 1.0, [BETA] * T, start=lambda e: mu + log_std.exp() * e)
+    kl = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mu, log_std.exp()), torch.distributions.Normal(0 * mu, 1 + 0 * mu)
+    )
+    expected = torch.autograd.grad(plain.J - BETA * kl.sum(), [*model.parameters(), mu, log_std])
+    problem = problem_of(model, "constant", 2)
+    problem.initial = GaussianInitialLaw((4, 4, 4), model.device, model.dtype)
+    problem.initial.load_state_dict({"mu": mu.detach(), "log_std": log_std.detach()})
+    method = PIFT(problem, PIFTConfig(**{"lr": 1e-30, **PLAIN}))
+    taken: list[Tensor] = []
+    method.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in problem.parameters()))
+    method.step()
+    assert far([-g for g in taken], expected) < 1e-9
+    assert far([-g for g in taken[-2:]], expected[-2:]) < 1e-9
 
 
 def test_reward_and_kl_both_weigh_in_the_gradient(checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from orchestrator.errors import UserError
 from orchestrator.grid import compose
 from orchestrator.ledger import Store
 from orchestrator.sample import sample
+from tests import tiny
 from tests.test_methods import (
     BETA,
     Designed,
@@ -41,6 +42,7 @@ from workers.known import known_of
 from workers.recorder import read_journal
 from workers.regularise import calibrate
 from workers.run import Trial, build, run_trial
+from workers.sample import draw
 from workers.spec import TrialSpec
 from workers.store import TrialFolder, read_json
 
@@ -602,3 +604,29 @@ def test_a_batch_of_mixed_steps_is_the_steps_one_by_one(base: list[str]) -> None
         single = torch.cat([model.control(int(k[i]), y[i : i + 1], adapted) for i in range(4)])
         torch.testing.assert_close(mixed, single, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(model.control(k, y), model.control(k, y, adapted=False))
+
+
+# ------------------------------------------------------------------------------------------- on a network with pictures
+
+
+@pytest.mark.parametrize(("method", "estimator"), [("pi_ft", "pathwise"), ("pi_ft", "score"), ("dpok", None)])
+def test_a_learned_law_and_a_regulariser_on_a_diffusion_model(
+    method: str, estimator: str | None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Real UNet, VAE and LoRA: the trial runs with both, and `sample` draws the pictures that its last evaluation
+    scored: same adapter, same law of Y_0.
+
+    Kills: a law that is not saved, not loaded, or not used by `sample`.
+    """
+    changes: dict[str, Any] = {"method__estimator": estimator} if estimator else {}
+    spec = tiny.spec(
+        tiny.checkpoint(tmp_path_factory.getbasetemp()), method, initial_law="gaussian", regulariser="jensen_shannon",
+        regulariser_samples=16, beta=3.0, method__lr=0.1, eval__pictures=4, **changes,
+    )  # fmt: skip
+    folder = TrialFolder(tmp_path)
+    assert run_trial(spec, tmp_path).state == "done"
+    last = [record for record in read_journal(folder.journal) if "samples" in record][-1]
+    assert last["metrics"]["eval/kl_initial_nats"] > 0.1
+    _, tuned = draw(spec, folder.adapter, 4)
+    rewards = tiny.Brightness()(tuned, [spec["prompt"]] * 4)
+    assert rewards.tolist() == pytest.approx(last["samples"]["reward"], rel=1e-4)
