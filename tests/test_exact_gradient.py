@@ -190,7 +190,7 @@ def test_pathwise_gradient_of_the_initial_law_is_exact_too(checkpoint: Path) -> 
     expected = torch.autograd.grad(plain.J - BETA * kl.sum(), [*model.parameters(), mu, log_std])
     problem = problem_of(model, "constant", 2)
     problem.initial = GaussianInitialLaw((4, 4, 4), model.device, model.dtype)
-    problem.initial.load_state_dict({"mu": mu.detach(), "log_std": log_std.detach()})
+    problem.initial.trained.load_state_dict({"mu": mu.detach(), "log_std": log_std.detach()})
     method = PIFT(problem, PIFTConfig(**{"lr": 1e-30, **PLAIN}))
     taken: list[Tensor] = []
     method.adam.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in problem.parameters()))

@@ -279,7 +279,7 @@ def closed_gradient(model: Linear, reward: Quadratic, beta: Tensor, law: Gaussia
     start = lq.Law(law.mu, torch.diag((2 * law.log_std).exp()))
     worth = lq.evaluate(problem, lq.Affine(model.K.detach(), model.h.detach()), start)
     J = worth.objective + (beta * worth.step_kl).sum() if published else worth.objective
-    return torch.cat(torch.autograd.grad(J, law.parameters()))
+    return torch.cat(torch.autograd.grad(J, law.trained.parameters()))
 
 
 @pytest.mark.parametrize("inner_steps", [1, 2])
@@ -296,16 +296,16 @@ def test_pathwise_gradient_of_the_initial_law_is_exact(inner_steps: int) -> None
     method = pift(problem, inner_steps=inner_steps)
     taken: list[Tensor] = []
     method.adam.register_step_pre_hook(
-        lambda *_: taken.append(torch.cat([p.grad.clone() for p in law.parameters()]))  # type: ignore[union-attr]
+        lambda *_: taken.append(torch.cat([p.grad.clone() for p in law.trained.parameters()]))  # type: ignore[union-attr]
     )
     expected = -closed_gradient(model, reward, beta, law, published=False)
     method.step()
     close(taken[0], expected)
     if inner_steps > 1:
-        kl = torch.cat(torch.autograd.grad(law.kl(), law.parameters()))
+        kl = torch.cat(torch.autograd.grad(law.kl(), law.trained.parameters()))
         with torch.no_grad():
             law.mu += 0.1
-        moved = torch.cat(torch.autograd.grad(law.kl(), law.parameters()))
+        moved = torch.cat(torch.autograd.grad(law.kl(), law.trained.parameters()))
         method.step()
         close(taken[1], expected + float(beta[0]) * (moved - kl))
 
@@ -328,7 +328,7 @@ def test_sampled_gradients_of_the_initial_law_are_unbiased(kind: str) -> None:
         method = dpok(problem, future_kl=kind != "dpok", baseline="mean", batch=10)
     taken: list[Tensor] = []
     method.adam.register_step_pre_hook(
-        lambda *_: taken.append(torch.cat([p.grad.clone() for p in law.parameters()]))  # type: ignore[union-attr]
+        lambda *_: taken.append(torch.cat([p.grad.clone() for p in law.trained.parameters()]))  # type: ignore[union-attr]
     )
     for _ in range(30):
         method.step()

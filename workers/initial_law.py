@@ -8,23 +8,19 @@ beta) in J and is reported apart from the path KL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from workers.store import write_whole
-
-FILE = "initial_law.safetensors"
+from workers.parameters import NamedParameters
 
 
 class GaussianInitialLaw:
-    """q0 for latents of a shape; N(0, I) at the start."""
+    """q0 for latents of a shape; N(0, I) at the start. `trained` holds mu and log_std, in memory and on disk."""
 
     def __init__(self, latent_shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
-        self.mu = nn.Parameter(torch.zeros(latent_shape, device=device, dtype=dtype))
-        self.log_std = nn.Parameter(torch.zeros(latent_shape, device=device, dtype=dtype))
+        zero = torch.zeros(latent_shape, device=device, dtype=dtype)
+        self.trained = NamedParameters("initial_law.safetensors", mu=zero, log_std=zero)
+        self.mu, self.log_std = self.trained["mu"], self.trained["log_std"]
 
     def __call__(self, noise: Tensor) -> Tensor:
         """Y_0 (n, *latent) from standard normal noise of that shape; differentiable in the parameters."""
@@ -42,26 +38,3 @@ class GaussianInitialLaw:
         """log q0(y0) up to a constant, nats, summed over dimensions, (n,)."""
         z = (y0 - self.mu) / self.log_std.exp()
         return -(z**2 / 2 + self.log_std).flatten(1).sum(1)
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [self.mu, self.log_std]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"mu": self.mu.detach().clone(), "log_std": self.log_std.detach().clone()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            self.mu.copy_(state["mu"]), self.log_std.copy_(state["log_std"])
-
-    def save(self, folder: Path) -> None:
-        """Write `folder`/initial_law.safetensors."""
-        from safetensors.torch import save_file
-
-        tensors = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        write_whole(folder / FILE, lambda temporary: save_file(tensors, temporary))
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote. Raises OSError without a file."""
-        from safetensors.torch import load_file
-
-        self.load_state_dict(load_file(folder / FILE))

@@ -11,6 +11,7 @@ initial_law=gaussian, all initial laws).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 from workers.rollout import Problem
@@ -39,6 +40,11 @@ class Known(Protocol):
     def iterate(self, inner_steps: int, damping: str | float | None) -> Inner:
         """Put the control after that many inner steps of Algorithm 1 into the model."""
         ...
+
+
+def log10_rate(factor: float) -> float | None:
+    """The predicted change of log10(gap) in one inner step; None where one step is exact."""
+    return 2 * math.log10(factor) if factor > 1e-12 else None
 
 
 def known_of(problem: Problem) -> Known | None:

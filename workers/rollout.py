@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from workers.core.chain import Chain
+from workers.core.chain import Chain, beta_steps
 from workers.generators import Generators
 from workers.initial_law import GaussianInitialLaw
+from workers.spec import TrialSpec
 
 if TYPE_CHECKING:
     from workers.known import Known
@@ -115,7 +116,7 @@ class Problem:
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: the model's adapter, then the initial law."""
-        return self.model.parameters() + (self.initial.parameters() if self.initial else [])
+        return self.model.parameters() + (self.initial.trained.parameters() if self.initial else [])
 
     def start(self, noise: Tensor) -> Tensor:
         """Y_0 (N, *latent) from standard normal noise."""
@@ -154,6 +155,13 @@ class Problem:
         finally:
             self.budget.model_forwards += self.model.forwards - forwards
             self.budget.seconds += time.perf_counter() - start
+
+
+def beta_of(spec: TrialSpec, model: Any, reward: Reward) -> Tensor:
+    """beta_k of a trial, float64 (T,)."""
+    if spec.beta_schedule == "contraction":
+        return model.contraction_beta(reward, spec.beta, spec.beta_rate)
+    return beta_steps(model.chain, spec.beta, spec.beta_schedule)
 
 
 @torch.no_grad()

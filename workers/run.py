@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from workers.core.chain import beta_steps
 from workers.core.divergence import NotPositive
 from workers.evaluate import evaluate, fixed_noise, save_strip
 from workers.generators import Generators
@@ -37,7 +35,7 @@ from workers.known import known_of
 from workers.methods import Method, NotFinite
 from workers.recorder import Journal, read_journal
 from workers.regularise import Regulariser, calibrate, restore
-from workers.rollout import Budget, Problem, Reward, TrainedModel
+from workers.rollout import Budget, Problem, Reward, TrainedModel, beta_of
 from workers.spec import TrialSpec, locate, settings
 from workers.store import TrialFolder, read_json, sha256, write_json, write_whole
 
@@ -87,13 +85,6 @@ def build(spec: TrialSpec, folder: TrialFolder, device: str) -> Trial:
     method_class = locate(spec.method["_target_"])
     method = method_class(problem, method_class.Config(**settings(spec.method)))
     return Trial(spec, folder, model, reward, judge, problem, method, generators)
-
-
-def beta_of(spec: TrialSpec, model: Any, reward: Reward) -> Tensor:
-    """beta_k, float64 (T,)."""
-    if spec.beta_schedule == "contraction":
-        return model.contraction_beta(reward, spec.beta, spec.beta_rate)
-    return beta_steps(model.chain, spec.beta, spec.beta_schedule)
 
 
 def initial_law_of(spec: TrialSpec, model: TrainedModel) -> GaussianInitialLaw | None:
@@ -212,7 +203,7 @@ def _save_checkpoint(trial: Trial) -> None:
         "method": trial.method.state_dict(),
         "generators": trial.generators.state_dict(),
         "budget": vars(trial.problem.budget),
-        "initial_law": None if trial.problem.initial is None else trial.problem.initial.state_dict(),
+        "initial_law": None if trial.problem.initial is None else trial.problem.initial.trained.state_dict(),
         "regulariser": None if trial.regulariser is None else trial.regulariser.state_dict(),
     }
     write_whole(trial.folder.checkpoint, lambda temporary: torch.save(state, temporary))
@@ -228,7 +219,7 @@ def _load_checkpoint(trial: Trial) -> bool:
     trial.generators.load_state_dict({name: value.cpu() for name, value in state["generators"].items()})
     vars(trial.problem.budget).update(state["budget"])
     if trial.problem.initial is not None:
-        trial.problem.initial.load_state_dict(state["initial_law"])
+        trial.problem.initial.trained.load_state_dict(state["initial_law"])
     if state.get("regulariser") is not None:
         trial.regulariser = restore(trial.spec, state["regulariser"])
     trial.step = state["step"]
@@ -240,7 +231,7 @@ def _finish(trial: Trial, started: float, device: str, attempt: int) -> None:
     folder = trial.folder
     trial.model.save_adapter(folder.adapter)
     if trial.problem.initial is not None:
-        trial.problem.initial.save(folder.adapter)
+        trial.problem.initial.trained.save(folder.adapter)
     records = [record for record in read_journal(folder.journal) if "samples" in record]
     files = [folder.spec, folder.journal, *sorted(folder.adapter.glob("*"))]
     write_json(

@@ -32,7 +32,7 @@ def draw(spec: Mapping[str, Any], adapter: Path, n: int, device: str = "cpu") ->
     noise = fixed_noise(checked.prompt, n, model.chain.T, model.latent_shape)
     batch, y0, law = checked.train.micro_batch, noise.y0, initial_law_of(checked, model)
     if law is not None:
-        law.load(adapter)
+        law.trained.load(adapter)
         y0 = law(noise.y0)
     tuned = rollout(model, y0, noise.W, batch).y[-1]
     model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()})

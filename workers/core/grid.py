@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
-from workers.core.iteration import Step, choose_step, diverges, ill_posed
+from workers.core.iteration import Step, choose_step, range_problems, step_at, step_counts
 
 Array = NDArray[np.float64]
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -216,13 +216,11 @@ def grid_problem(
     y = np.asarray(grid, dtype=float)
     asked = grid if isinstance(grid, torch.Tensor) else y
     found = []
-    for name, row, low, high in (("alpha", alpha, 0, 1), ("sigma", sigma, -1e-300, 1e300), ("beta", beta, 0, 1e300)):
+    for name, row in (("alpha", alpha), ("sigma", sigma), ("beta", beta)):
         if row.shape != alpha.shape or row.ndim != 1:
             found.append(f"{name} has shape {row.shape} but alpha has {alpha.shape}; give one number per step")
-        elif not ((row > low) & (row < high)).all():
-            bounds = {"alpha": "between 0 and 1", "sigma": "at least 0", "beta": "above 0"}[name]
-            t = int(np.argmin((row > low) & (row < high)))
-            found.append(f"{name}[{t}]={row[t]:g} is out of range; it is finite and {bounds}")
+        else:
+            found += range_problems(name, row.tolist())
     if alpha.size == 0:
         found.append("alpha is empty; give one number per step")
     if y.ndim != 1 or len(y) < 8 or not (np.diff(y) > 0).all():
@@ -323,7 +321,7 @@ def iterate(
     future_kl: bool = True,
 ) -> Solution:
     """Algorithm 1 on tables; see `policy_iteration`. The margin has the paper's steps, as in lq.iterate."""
-    m_t = _counts(inner_steps, problem.T)
+    m_t = step_counts(MOST_STEPS + 1 if inner_steps is None else inner_steps, problem.T)
 
     def works(scale: float) -> bool:
         scaled = replace(problem, beta=scale * problem.beta)
@@ -333,7 +331,7 @@ def iterate(
     rows: list[tuple[Array, Step, Array, float]] = []
     for t in reversed(range(problem.T)):                                               # for t = T-1, ..., 0
         G = Smooth(problem.y, expected(problem.y, target, float(problem.sigma[t])))    #   E V_{t+1}(. + sigma W)
-        step = _step_of(problem, t, G, damping, works)
+        step = step_at(t, *bends(problem, t, G), float(problem.beta[t]), damping, works)
         limit, u = fixed_point(problem, t, G), problem.s[t]                            #   u^(0) = s
         found, rate, before = [], np.full_like(u, np.nan), None
         for m in range(m_t[t] + 1):                                                    #   line 6: for m < m_t
@@ -375,15 +373,6 @@ def _largest(values: Array) -> float:
     return float(known.max()) if len(known) else float("nan")
 
 
-def _counts(inner_steps: int | Sequence[int] | None, T: int) -> list[int]:
-    if inner_steps is None:
-        return [MOST_STEPS] * T
-    counts = [int(inner_steps)] * T if isinstance(inner_steps, int) else [int(m) for m in inner_steps]
-    if len(counts) != T or min(counts, default=0) < 0:
-        raise ValueError(f"inner_steps={inner_steps!r} is neither a whole number nor {T} of them, each at least 0")
-    return counts
-
-
 def bends(problem: GridProblem, t: int, G: Smooth) -> tuple[float, float]:
     """The smallest and largest rho_t E V''_{t+1} where the pre-trained chain leads to from the grid."""
     z = problem.mean(t, problem.s[t])
@@ -394,18 +383,6 @@ def bends(problem: GridProblem, t: int, G: Smooth) -> tuple[float, float]:
 def _eq_18(problem: GridProblem, t: int, G: Smooth, u: Array) -> Array:
     """s + c_t E grad V_{t+1}(A y + B u + sigma W)."""
     return problem.s[t] + problem.gain[t] * G(problem.mean(t, u), 1)
-
-
-def _step_of(
-    problem: GridProblem, t: int, G: Smooth, damping: str | float | None, works: Callable[[float], bool]
-) -> Step:
-    low, high = bends(problem, t, G)
-    if high >= 1:
-        raise ill_posed(t, high, float(problem.beta[t]), works)
-    step = choose_step(low, high, damping)
-    if step is None:
-        raise diverges(t, max(-low, high), float(problem.beta[t]), works)
-    return step
 
 
 def works_at(

@@ -10,7 +10,8 @@ rho_t E Hess V_{t+1}, rho_t = sigma_t^2 / beta_t (all factors alpha cancel):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -46,6 +47,41 @@ def choose_step(low: float, high: float, damping: str | float | None) -> Step | 
         raise ValueError(f"damping={damping!r} is neither 'auto', None nor a number in (0, 1]; write damping='auto'")
     factor = max(abs(1 - eta * (1 - low)), abs(1 - eta * (1 - high)))
     return Step(kappa, eta, factor) if factor < 1 else None
+
+
+def step_at(
+    t: int, low: float, high: float, beta: float, damping: str | float | None, works: Callable[[float], bool]
+) -> Step:
+    """The step at t, for eigenvalues of rho_t E Hess V_{t+1} within [low, high]; `works` tells whether a factor on beta
+    would do. Raises IllPosed and Diverges."""
+    if high >= 1:
+        raise ill_posed(t, high, beta, works)
+    step = choose_step(low, high, damping)
+    if step is None:
+        raise diverges(t, max(-low, high), beta, works)
+    return step
+
+
+def step_counts(inner_steps: int | Sequence[int], T: int) -> list[int]:
+    """m_t for each t. Raises ValueError where there are not T of them, or a negative one."""
+    counts = [int(inner_steps)] * T if isinstance(inner_steps, int) else [int(m) for m in inner_steps]
+    if len(counts) != T or min(counts, default=0) < 0:
+        raise ValueError(f"inner_steps={inner_steps!r} is neither a whole number nor {T} of them, each at least 0")
+    return counts
+
+
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "alpha": ("between 0 and 1", lambda value: 0 < value < 1),
+    "sigma": ("at least 0", lambda value: 0 <= value < math.inf),
+    "beta": ("above 0", lambda value: 0 < value < math.inf),
+}
+
+
+def range_problems(name: str, values: Sequence[float]) -> list[str]:
+    """What is wrong with the first entry of alpha, sigma or beta that is out of its range."""
+    bounds, fits = RANGES[name]
+    wrong = [(t, value) for t, value in enumerate(values) if not fits(value)][:1]
+    return [f"{name}[{t}]={value:g} is out of range; it is finite and {bounds}" for t, value in wrong]
 
 
 def ill_posed(t: int, kappa: float, beta: float, works: Callable[[float], bool]) -> IllPosed:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.core.iteration import Step, choose_step, diverges, ill_posed, no_tilt
+from workers.core.iteration import Step, choose_step, ill_posed, no_tilt, range_problems, step_at, step_counts
 
 INITIAL_LAWS = ("fixed", "tilted")
 
@@ -224,13 +224,10 @@ def _check(
         found.append("alpha is empty; give one number per step")
     if len(c) != 1:
         found.append(f"reward_c has {len(c)} numbers; it is one")
-    for name, row, low, high in (("alpha", alpha, 0, 1), ("sigma", sigma, -1e-300, None), ("beta", beta, 0, None)):
+    for name, row in (("alpha", alpha), ("sigma", sigma), ("beta", beta)):
         if len(row) != T:
             found.append(f"{name} has {len(row)} numbers but alpha has {T}; give one per step")
-        wrong = [t for t, v in enumerate(row.tolist()) if not (v > low and (high is None or v < high) and v < 1e300)]
-        if wrong:
-            bounds = {"alpha": "between 0 and 1", "sigma": "at least 0", "beta": "above 0"}[name]
-            found.append(f"{name}[{wrong[0]}]={row[wrong[0]]:g} is out of range; it is finite and {bounds}")
+        found += range_problems(name, row.tolist())
     if len(m) != d or len(S0) != d or len(Q) != d:
         found.append(
             f"the dimensions differ: data_mean {len(m)}, data_cov {len(S0)}, reward_Q {len(Q)}, reward_q {d}"
@@ -423,10 +420,13 @@ def iterate(
 ) -> Iterated:
     """Algorithm 1 with m_t inner steps at each t (torch); see `policy_iteration`. The margin has the paper's steps, and
     the line numbers of its pseudocode where the design notes give them."""
-    m_t = _counts(inner_steps, lq.T)
+    m_t = step_counts(inner_steps, lq.T)
 
     def first_Q(other: LinearQuadratic) -> Tensor | None:
         return _iterated_Q(other, m_t, damping)
+
+    def works(scale: float) -> bool:
+        return first_Q(_scaled(lq, scale)) is not None
 
     Q, q, c = lq.Q, lq.q, lq.c                                                         # V_T = r
     rows: list[Row] = []
@@ -434,7 +434,7 @@ def iterate(
     errors = torch.full((lq.T, max(m_t, default=0) + 1), torch.nan, dtype=torch.float64)
     rates = torch.full((lq.T,), torch.nan, dtype=torch.float64)
     for t in reversed(range(lq.T)):                                                    # for t = T-1, ..., 0
-        step = _step_of(lq, t, Q, damping, first_Q)
+        step = step_at(t, *_spectrum(lq, t, Q), float(lq.beta[t]), damping, works)
         us = _iterates(lq, t, Q, q, step.eta, m_t[t])                                  #   u^(0) = s, ..., u^(m_t)
         limit, (K, k) = _best(lq, t, Q, q), us[-1]
         gaps = [_gap(u, limit) for u in us]
@@ -468,26 +468,6 @@ def _eq_18(lq: LinearQuadratic, t: int, K: Tensor, k: Tensor, Q: Tensor, q: Tens
     """s + c_t E grad V_{t+1}(A y + B u(y) + sigma W): the noise has mean zero and grad V is affine."""
     G, g = lq.A[t] * torch.eye(lq.d, dtype=torch.float64) + lq.B[t] * K, lq.B[t] * k
     return -lq.P[t] + lq.gain[t] * Q @ G, lq.p[t] + lq.gain[t] * (Q @ g + q)
-
-
-def _counts(inner_steps: int | Sequence[int], T: int) -> list[int]:
-    counts = [int(inner_steps)] * T if isinstance(inner_steps, int) else [int(m) for m in inner_steps]
-    if len(counts) != T or min(counts, default=0) < 0:
-        raise ValueError(f"inner_steps={inner_steps!r} is neither a whole number nor {T} of them, each at least 0")
-    return counts
-
-
-def _step_of(lq: LinearQuadratic, t: int, Q: Tensor, damping: str | float | None, first_Q: FirstQ) -> Step:
-    def works(scale: float) -> bool:
-        return first_Q(_scaled(lq, scale)) is not None
-
-    low, high = _spectrum(lq, t, Q)
-    if high >= 1:
-        raise ill_posed(t, high, float(lq.beta[t]), works)
-    step = choose_step(low, high, damping)
-    if step is None:
-        raise diverges(t, max(-low, high), float(lq.beta[t]), works)
-    return step
 
 
 def _iterated_Q(lq: LinearQuadratic, m_t: Sequence[int], damping: str | float | None) -> Tensor | None:

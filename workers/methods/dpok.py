@@ -258,10 +258,9 @@ class DPOK:
         effective = (self.weight[keep] / chain.w[keep]).log()
         native = self.weight[keep] / (1 - chain.abar[keep]) * self.config.reward_weight
         known = self.problem.known
-        found: dict[str, float] = {}
-        if known is not None and self.config.kl == "nats" and not self.config.future_kl:
-            found = {} if known.gap_fixed_point is None else {"dpok/gap_fixed_point": known.gap_fixed_point}
-        return found | {
+        gap = None if known is None or self.config.kl != "nats" or self.config.future_kl else known.gap_fixed_point
+        fixed_point = {} if gap is None else {"dpok/gap_fixed_point": gap}
+        return fixed_point | {
             "dpok/native_kl_weight": native.mean().item(),
             "dpok/native_clip": self.config.clip_nats / self.d,
             "dpok/log_beta_effective_mean": effective.mean().item(),

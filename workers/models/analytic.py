@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from workers.core.chain import Chain, ddpm_chain
 from workers.core.continuous import Schedule
-from workers.spec import TrialSpec, locate
-from workers.store import write_whole
+from workers.generators import Generators
+from workers.parameters import NamedParameters
+from workers.rollout import Reward
+from workers.spec import TrialSpec, locate, settings
 
-FILE = "policy.safetensors"
 SCHEDULE = Schedule()
 
 
@@ -25,38 +26,9 @@ def chain_of(steps: int) -> Chain:
     return ddpm_chain(torch.from_numpy(SCHEDULE.abar(np.linspace(0, 1, steps + 1))))
 
 
-class Policy:
-    """Named float64 parameters of a control."""
-
-    def __init__(self, device: str, **values: Tensor) -> None:
-        self._all = {name: nn.Parameter(value.double().to(device).clone()) for name, value in values.items()}
-
-    def __getitem__(self, name: str) -> nn.Parameter:
-        return self._all[name]
-
-    def parameters(self) -> list[nn.Parameter]:
-        return list(self._all.values())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self._all.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in self._all.items():
-                value.copy_(state[name])
-
-    def save(self, folder: Path) -> None:
-        """Write `folder`/policy.safetensors."""
-        from safetensors.torch import save_file
-
-        tensors = {name: value.cpu().contiguous() for name, value in self.state_dict().items()}
-        write_whole(folder / FILE, lambda temporary: save_file(tensors, temporary))
-
-    def load(self, folder: Path) -> None:
-        """Read back what `save` wrote. Raises OSError without a file."""
-        from safetensors.torch import load_file
-
-        self.load_state_dict(load_file(folder / FILE))
+def new_policy(device: str, **values: Tensor) -> NamedParameters:
+    """The float64 parameters of a control, on a device."""
+    return NamedParameters("policy.safetensors", **{name: value.double().to(device) for name, value in values.items()})
 
 
 class AnalyticModel:
@@ -66,7 +38,7 @@ class AnalyticModel:
     has_adapter = False
     dtype = torch.float64
 
-    def __init__(self, policy: Policy, chain: Chain, d: int, device: str) -> None:
+    def __init__(self, policy: NamedParameters, chain: Chain, d: int, device: str) -> None:
         self.policy, self.chain, self.latent_shape, self.device = policy, chain, (d,), torch.device(device)
         self.forwards = 0
 
@@ -113,3 +85,11 @@ def common_problems(spec: TrialSpec) -> list[str]:
                 "reward=bounded"
             )
     return found
+
+
+def probe(spec: TrialSpec) -> tuple[Any, Reward]:
+    """The model and the reward of a trial, to find out whether its problem has an optimum before it runs."""
+    model = locate(spec.model["_target_"])(
+        **settings(spec.model), prompt=spec.prompt, sampler=spec.sampler, lora=spec.lora, generators=Generators(0)
+    )
+    return model, locate(spec.reward["_target_"])(**settings(spec.reward))

@@ -10,7 +10,6 @@ all of J is a formula (workers/core/lq.py): a trial records its exact distance f
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -22,11 +21,11 @@ from workers.core.lq import Affine, Law, LinearQuadratic
 from workers.core.regularity import contraction_beta_lq
 from workers.generators import Generators
 from workers.initial_law import GaussianInitialLaw
-from workers.known import Inner
-from workers.models.analytic import AnalyticModel, Policy, chain_of, common_problems
+from workers.known import Inner, log10_rate
+from workers.models.analytic import AnalyticModel, chain_of, common_problems, new_policy, probe
 from workers.rewards.analytic import Quadratic, as_matrix, as_vector, shape_problems
-from workers.rollout import Problem, Reward
-from workers.spec import Lora, Sampler, TrialSpec, integer, locate, settings
+from workers.rollout import Problem, Reward, beta_of
+from workers.spec import Lora, Sampler, TrialSpec, integer, locate
 
 
 class LinearQuadraticModel(AnalyticModel):
@@ -50,7 +49,7 @@ class LinearQuadraticModel(AnalyticModel):
             chain.alpha, chain.sigma, 1.0, as_vector(data_mean, d), as_matrix(data_cov, d), zero, zero[0]
         )
         start = self.base.pretrained
-        super().__init__(Policy(device, K=start.K, k=start.k), chain, d, device)
+        super().__init__(new_policy(device, K=start.K, k=start.k), chain, d, device)
         self.pretrained = Affine(start.K.to(self.device), start.k.to(self.device))
 
     @staticmethod
@@ -128,26 +127,11 @@ class KnownLQ:
         return Inner(float(found.errors[:, inner_steps].max()), log10_rate(float(found.factor.max())))
 
 
-def log10_rate(factor: float) -> float | None:
-    """The predicted change of log10(gap) in one inner step; None where one step is exact."""
-    return 2 * math.log10(factor) if factor > 1e-12 else None
-
-
 def _theory_problems(spec: TrialSpec) -> list[str]:
     """Whether the problem has an optimum that the trial's method can be measured against."""
-    from workers.core.chain import beta_steps
-
-    given = settings(spec.model)
     try:
-        model = LinearQuadraticModel(
-            **given, prompt=spec.prompt, sampler=spec.sampler, lora=spec.lora, generators=Generators(0)
-        )
-        reward = Quadratic(**settings(spec.reward))
-        if spec.beta_schedule == "contraction":
-            beta = model.contraction_beta(reward, spec.beta, float(spec.beta_rate or 0))
-        else:
-            beta = beta_steps(model.chain, spec.beta, spec.beta_schedule)
-        problem = model.problem(reward, beta)
+        model, reward = probe(spec)
+        problem = model.problem(reward, beta_of(spec, model, reward))
         lq.optimum(problem, "tilted" if spec.initial_law == "gaussian" else "fixed")
         if "damping" in spec.method:
             lq.iterate(problem, 1, spec.method["damping"])

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.core import grid
-from workers.core.chain import beta_steps
 from workers.core.continuous import solve_hjb
 from workers.core.grid import GridProblem
 from workers.core.iteration import IllPosed
@@ -32,11 +31,10 @@ from workers.core.mixture import Mixture
 from workers.core.regularity import contraction_beta_grid
 from workers.generators import Generators
 from workers.initial_law import GaussianInitialLaw
-from workers.known import Inner
-from workers.models.analytic import SCHEDULE, AnalyticModel, Policy, chain_of, common_problems
-from workers.models.lq import log10_rate
-from workers.rollout import Problem, Reward
-from workers.spec import Lora, Sampler, TrialSpec, choice, integer, locate, number, settings
+from workers.known import Inner, log10_rate
+from workers.models.analytic import SCHEDULE, AnalyticModel, chain_of, common_problems, new_policy, probe
+from workers.rollout import Problem, Reward, beta_of
+from workers.spec import Lora, Sampler, TrialSpec, choice, integer, number
 
 Array = NDArray[np.float64]
 POINTS = 1601
@@ -71,7 +69,7 @@ class MixtureModel(AnalyticModel):
         self.features = _kernel_features if policy == "kernel" else _Splines(knots, self.reach)
         count = self.features(torch.zeros(1, dtype=torch.float64)).shape[1]
         theta = torch.zeros(sampler.steps, count, dtype=torch.float64)
-        super().__init__(Policy(device, theta=theta), chain_of(sampler.steps), 1, device)
+        super().__init__(new_policy(device, theta=theta), chain_of(sampler.steps), 1, device)
 
     @staticmethod
     def check(spec: TrialSpec) -> list[str]:
@@ -212,16 +210,9 @@ def _theory_problems(spec: TrialSpec) -> list[str]:
     if spec.regulariser != "kl":
         return []
     try:
-        model = MixtureModel(
-            **settings(spec.model), prompt=spec.prompt, sampler=spec.sampler, lora=spec.lora, generators=Generators(0)
-        )
+        model, reward = probe(spec)
         model.points = ROUGH
-        reward = locate(spec.reward["_target_"])(**settings(spec.reward))
-        if spec.beta_schedule == "contraction":
-            beta = model.contraction_beta(reward, spec.beta, float(spec.beta_rate or 0))
-        else:
-            beta = beta_steps(model.chain, spec.beta, spec.beta_schedule)
-        problem = model.problem(reward, beta)
+        problem = model.problem(reward, beta_of(spec, model, reward))
         inner, damping = None, "auto"
         if "damping" in spec.method:  # Algorithm 1 begins with one inner step, whose value may bend more
             inner, damping = [1] * problem.T, spec.method["damping"]
