@@ -53,7 +53,7 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
     The KL is computed where it is sampled, control and pre-trained control on the same batch, so that an untrained
     adapter has a KL of exactly 0. Raises NotFinite when a reward or a KL is not.
     """
-    model, beta, prompt = problem.model, problem.beta, problem.prompt
+    model, beta = problem.model, problem.beta
     n, T = noise.y0.shape[0], model.chain.T
     kls = torch.zeros(T, n, device=model.device, dtype=model.dtype)
 
@@ -62,7 +62,7 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
 
     final = rollout(model, problem.start(noise.y0), noise.W, batch, each=measure).y[-1]
     images = torch.cat([model.decode(part) for part in final.split(batch)])
-    rewards = _score(problem.reward, images, prompt, batch)
+    rewards = _score(problem, problem.names[0], problem.reward, images, batch)
     kls = finite("the path KL", kls).double().cpu()
     trained_on = rewards if problem.transform is None else problem.transform(rewards)
     objective = trained_on - (beta[:, None] * kls).sum(0)
@@ -75,7 +75,7 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
         "eval/diversity": diversity(images),
     }
     if judge is not None:
-        samples["judge"] = _score(judge, images, prompt, batch)
+        samples["judge"] = _score(problem, problem.names[1], judge, images, batch)
         metrics["eval/judge_mean"] = samples["judge"].mean()
     if problem.transform is not None:
         metrics["eval/reward_transformed_mean"] = trained_on.mean()
@@ -90,9 +90,9 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
     )
 
 
-def _score(reward: Reward, images: Tensor, prompt: str, batch: int) -> Tensor:
+def _score(problem: Problem, name: str, reward: Reward, images: Tensor, batch: int) -> Tensor:
     """Rewards (n,), float64 on the CPU."""
-    parts = [reward(part, [prompt] * len(part)) for part in images.split(batch)]
+    parts = [problem.guard(name, reward, part, [problem.prompt] * len(part)) for part in images.split(batch)]
     return finite("the reward", torch.cat(parts)).double().cpu()
 
 

@@ -87,6 +87,11 @@ class Trajectories:
     """(T, N, *latent): the control at y[k]."""
 
 
+def trusting(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """A call of a reward without the care of workers/guard.py."""
+    return reward(images, prompts)
+
+
 @dataclass
 class Problem:
     """One trial's control problem: maximise J = E[ r(Y_T) - sum_k beta_k step KL_k ]."""
@@ -108,6 +113,10 @@ class Problem:
     """What is known of the optimum, where anything is."""
     lr_factor: float = 1.0
     """What the present gradient step's size is multiplied by (train.lr_schedule); the runner sets it."""
+    guard: Callable[[str, Reward, Tensor, list[str]], Tensor] = trusting
+    """How rewards are called: (name, reward, pictures, prompts) to (B,)."""
+    names: tuple[str, str] = ("reward", "judge")
+    """What the reward and the judge are called in messages."""
 
     @property
     def beta_initial(self) -> float:
@@ -139,7 +148,7 @@ class Problem:
     def score(self, y: Tensor) -> Tensor:
         """The rewards to train on, (N,), of final latents; counted as queries; differentiable if the reward is."""
         self.budget.reward_queries += len(y)
-        rewards = self.reward(self.model.decode(y), [self.prompt] * len(y))
+        rewards = self.guard(self.names[0], self.reward, self.model.decode(y), [self.prompt] * len(y))
         return rewards if self.transform is None else self.transform(rewards)
 
     def step_kls(self, kls: Tensor) -> Tensor:

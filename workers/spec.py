@@ -3,19 +3,21 @@
 The key of a trial is the SHA-256 of its identity: everything that decides which numbers come out, and nothing else.
 Where it runs, how often it evaluates or checkpoints and what its prompt's label or its sweep is called do not count.
 A component (model, reward, judge, method) is a mapping with `_target_` (the class), `name` (its label) and the
-class's own settings; a class that wants its settings checked offers `check(spec) -> list of problems`.
+class's own settings; a class that wants its settings checked offers `check(spec) -> list of problems`, the same for
+every seed.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, cast
 
 SCHEMA = 1
 """Raised when the meaning of a field changes, so that old results are never taken for new ones."""
@@ -187,15 +189,18 @@ class TrialSpec:
     schema: int = SCHEMA
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TrialSpec:
-        """The checked spec of a plain mapping (as in spec.json). Raises SpecError with every problem found."""
-        known = {field.name for field in fields(cls)}
+    def from_dict(cls, values: Mapping[str, Any], checked: dict[str, list[str]] | None = None) -> TrialSpec:
+        """The checked spec of a plain mapping (as in spec.json). Raises SpecError with every problem found.
+
+        `checked` remembers the components' problems from one call to the next: those of two specs that differ in
+        nothing but the seed are found once.
+        """
+        known, needed, _ = _fields(cast(type, cls))
         problems = [
             f"{name} is not a field of a trial; known: {', '.join(sorted(known))}"
             for name in values
             if name not in known
         ]
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
         problems += [f"{name} is missing" for name in sorted(needed - set(values))]
         if problems:
             raise SpecError(problems)
@@ -210,13 +215,24 @@ class TrialSpec:
         for name in ("beta", "beta_rate", "regulariser_order"):
             content[name] = _plain(content.get(name), real=True)
         spec = cls(**content)
-        problems = spec.problems()
+        problems = spec.problems(checked)
         if problems:
             raise SpecError(problems)
         return spec
 
-    def problems(self) -> list[str]:
+    def problems(self, checked: dict[str, list[str]] | None = None) -> list[str]:
         """Everything wrong with this spec, one sentence each; the components' own checks included."""
+        if found := self._own_problems():
+            return found
+        if checked is None:
+            return self._components_problems()
+        mark = json.dumps({name: value for name, value in vars(self).items() if name != "seed"}, default=str)
+        if mark not in checked:
+            checked[mark] = self._components_problems()
+        return checked[mark]
+
+    def _own_problems(self) -> list[str]:
+        """What is wrong with the fields as such."""
         found: list[str] = []
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             found.append(
@@ -231,8 +247,10 @@ class TrialSpec:
             found.append(f"schema={self.schema} was written by another version; this one reads {SCHEMA}")
         for group in (self.sampler, self.lora, self.train, self.eval):
             found += group.problems()
-        if found:
-            return found
+        return found
+
+    def _components_problems(self) -> list[str]:
+        found: list[str] = []
         for name in COMPONENTS:
             component = getattr(self, name)
             if component is not None:
@@ -284,7 +302,7 @@ class TrialSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain mapping for spec.json; `from_dict` gives the same spec back."""
-        return json.loads(json.dumps(asdict(self), default=dict))
+        return _as_json(self)
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers that come out: the content that is hashed into the key."""
@@ -323,18 +341,40 @@ class TrialSpec:
         return f"{self.method['name']} beta={self.beta:g} {self.prompt_id} s{self.seed}"
 
 
+@functools.cache
+def _fields(group: type) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
+    """The names of a dataclass's fields: all, those without a default, the real ones."""
+    found = fields(group)
+    return (
+        frozenset(field.name for field in found),
+        frozenset(field.name for field in found if field.default is MISSING),
+        frozenset(field.name for field in found if field.type == "float"),
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """What a JSON file gives back for a value: new mappings with texts as keys, lists for tuples."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping) and all(type(key) is str for key in value):
+        return {key: _as_json(item) for key, item in value.items()}
+    return json.loads(json.dumps(value, default=dict))
+
+
 def _group(name: str, group: type, values: Any) -> tuple[Any, list[str]]:
     if not isinstance(values, Mapping):
         return None, [f"{name}={values!r} is not a mapping; it needs {', '.join(f.name for f in fields(group))}"]
-    known = {field.name for field in fields(group)}
+    known, needed, real = _fields(group)
     problems = [
         f"{name}.{key} is not a setting; known: {', '.join(sorted(known))}" for key in values if key not in known
     ]
-    needed = {field.name for field in fields(group) if field.default is MISSING}
     problems += [f"{name}.{key} is missing" for key in sorted(needed - set(values))]
     if problems:
         return None, problems
-    real = {field.name for field in fields(group) if field.type == "float"}
     return group(**{key: _plain(value, key in real) for key, value in values.items()}), []
 
 

@@ -26,6 +26,7 @@ from workers.core.chain import Chain, ddim_chain, score_from_eps
 from workers.generators import Generators, derived_seed
 from workers.spec import Lora, Sampler, TrialSpec, choice
 from workers.store import write_whole
+from workers.weights import Weights
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -117,6 +118,17 @@ class DiffusionModel:
                 f"a folder, or fetch it first: hf download {path}"
             )
         return problems
+
+    @staticmethod
+    def weights(settings: Mapping[str, Any]) -> list[Weights]:
+        """The checkpoint, and the command that fetches it."""
+        path = str(settings["path"])
+        folder = Path(resolve_path(path))
+        if _is_local(path) or path == "toyland":
+            there = (folder / "model_index.json").is_file()
+            return [Weights(f"the checkpoint in {folder}", there, "save a StableDiffusionPipeline there")]
+        revision = f" --revision {settings['revision']}" if settings.get("revision") else ""
+        return [Weights(f"{path} in the hub's cache", _cached(settings), f"hf download {path}{revision}")]
 
     @staticmethod
     def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from workers.models.toyland.scenes import BACKGROUNDS, COLOURS, COUNTS, SIZE, SP
 from workers.models.toyland.text import KNOWN_WORDS, Attributes, check_words, compare, parse, word_ids
 from workers.spec import TrialSpec
 from workers.store import sha256
+from workers.weights import Weights
 
 WEIGHTS = Path(__file__).parents[1] / "models" / "toyland" / "weights"
 HEADS = {"species": len(SPECIES), "colours": len(COLOURS), "count": len(COUNTS), "background": len(BACKGROUNDS)}
@@ -129,6 +130,11 @@ class ToylandReward:
         return _problems("reward", spec.reward or {}, "reward.safetensors", spec.prompt)
 
     @staticmethod
+    def weights(settings: Mapping[str, Any]) -> list[Weights]:
+        """The reward's network."""
+        return _weights(settings, "reward.safetensors")
+
+    @staticmethod
     def fingerprint(settings: Mapping[str, Any]) -> str:
         """What the weights are: a digest of their file."""
         return "sha256:" + sha256(Path(settings.get("path") or WEIGHTS) / "reward.safetensors")[:16]
@@ -138,6 +144,11 @@ class ToylandReward:
         x = _checked(images, prompts)
         ids = torch.from_numpy(word_ids(prompts)).to(x.device)
         return ((self.network(x, ids) - self.mean) / self.std).to(images.dtype)
+
+
+def _weights(settings: Mapping[str, Any], name: str) -> list[Weights]:
+    path = Path(settings.get("path") or WEIGHTS) / name
+    return [Weights(f"toyland's {name} in {path.parent}", path.is_file(), "make toyland (it trains them anew)")]
 
 
 class ToylandJudge:
@@ -154,6 +165,11 @@ class ToylandJudge:
     def check(spec: TrialSpec) -> list[str]:
         """Problems with judge.path and with the words of the prompt."""
         return _problems("judge", spec.judge or {}, "judge.safetensors", spec.prompt)
+
+    @staticmethod
+    def weights(settings: Mapping[str, Any]) -> list[Weights]:
+        """The judge's network."""
+        return _weights(settings, "judge.safetensors")
 
     @staticmethod
     def fingerprint(settings: Mapping[str, Any]) -> str:
