@@ -1,6 +1,7 @@
-"""`pift`: plan, launch, status, compare, sample, ui.
+"""`pift`: plan, launch, status, stop, retry, compare, sample, ui, doctor.
 
-Exit codes: 0 all done, 1 a fault of pift's own, 2 bad input or plan, 3 some trials failed, 130 interrupted.
+Exit codes: 0 all done, 1 a fault of pift's own, 2 bad input or plan, 3 some trials failed, 4 budget reached,
+130 interrupted.
 With --json stdout holds the JSON and nothing else; messages and progress go to stderr.
 
 Everything heavy (hydra, torch, ray, mlflow) is imported by the subcommand that needs it, so `pift --help` is immediate.
@@ -38,7 +39,9 @@ OVERRIDES are settings of conf/, in Hydra's grammar; the command line wins over 
   method=pi_ft,dpok            the files of conf/method/; model= reward= likewise
   "prompt='a dog, on the moon'"  a free text instead of an id of the prompt set (quote it if it has a comma)
   sweep=quickstart             a file of conf/sweep/: axes, exclusions, settings per method
-  executor=ray store=/data/me  how it runs, and where the results lie
+  executor=ray store=/data/me  how it runs, and where the results lie (a folder, or s3://bucket/prefix)
+  budget.hours=8 budget.trials=20 budget.deadline=2026-12-01T08:00     stop there with exit code 4; launch again goes on
+  limits.kl_nats=1000 limits.reward_seconds=60      what a trial puts up with; retry_failed=true runs failed cells again
   regulariser=chi_square       another divergence than KL; initial_law=gaussian learns the law of Y_0 too
   beta.schedule=contraction beta.rate=0.5     beta_t for a guaranteed rate (model=lq, mixture)
   train.gradient_steps=100 sampler.steps=20 lora.rank=8 method.lr=1e-3 eval.every=5 ...
@@ -111,18 +114,20 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Print every cell with its state; nothing is written."""
+    """Print what a launch would change, cell by cell; nothing is written."""
+    from orchestrator.difference import difference
     from orchestrator.ledger import Store
 
     with _stdout_kept():
         grid = _compose(options)
         store = Store(grid.config["store"])
-        rows = [cell.row() | _progress(store, cell.key) for cell in grid.cells]
+        store.refresh()
+        found = difference(grid, store)
     if options.json:
-        _print_json(grid.sweep, rows)
+        print(found.text())
     else:
-        _show(_table(f"sweep {grid.sweep}", [name for name, labels in grid.axes.items()], rows))
-        print(f"{_counts_text(rows)}; store {store.root}; executor {grid.config['executor']['name']}")
+        print(*found.lines(everything=options.all), sep="\n")
+        print(f"store {store}; executor {grid.config['executor']['name']}")
         print(f"run them: pift launch {_shell(grid.overrides, options)}".rstrip())
     return 0
 
@@ -138,27 +143,93 @@ def launch(options: argparse.Namespace) -> int:
 
 
 def status(options: argparse.Namespace) -> int:
-    """Print the states of a launched sweep."""
+    """Print the states of a launched sweep, once or for as long as somebody works on it."""
+    from orchestrator import control
+
     store, sweep = _sweep(options)
-    stored = _read_plan(store, sweep)
-    rows = [dict(cell) | _progress(store, cell["key"]) for cell in stored["cells"]]
+    stored = store.plan(sweep)
+    if options.watch and options.json:
+        control.watch_json(store, sweep)
+        return 0
+    if options.watch:
+        control.watch(store, sweep)
+    rows = control.rows(store, stored)
     if options.json:
-        _print_json(sweep, rows)
-    else:
-        axes = sorted(stored["axes"], key=lambda name: AXES.index(name) if name in AXES else len(AXES))
-        _show(_table(f"sweep {sweep}", axes, rows))
-        print(f"{_counts_text(rows)}; store {store.root}")
-        for row in rows:
-            if row["message"]:
-                first = str(row["message"]).splitlines()[0]
-                print(f"  {row['key']} {row['state']} ({row['class']}): {first}")
+        launches = control.at_work(store, sweep)
+        _print_json(sweep, rows, launches=list(launches.values()))
+        return 0
+    axes = sorted(stored["axes"], key=lambda name: AXES.index(name) if name in AXES else len(AXES))
+    _show(_table(f"sweep {sweep}", axes, rows))
+    print(f"{_counts_text(rows)}; store {store}")
+    for name, record in control.at_work(store, sweep).items():
+        print(f"  at work: launch {name} ({control.where(record)})")
+    for row in rows:
+        if row["message"]:
+            kind = f" ({row['class']})" if row["class"] else ""
+            print(f"  {row['key']} {row['state']}{kind}: {str(row['message']).splitlines()[0]}")
+        elif row["warnings"]:
+            more = f" (and {len(row['warnings']) - 1} more)" if row["warnings"][1:] else ""
+            print(f"  {row['key']} {row['state']}, {row['warnings'][0]}{more}")
     return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    """Let the launches of a sweep stop in order."""
+    from orchestrator import control
+
+    store, sweep = _sweep(options)
+    print(control.stop(store, sweep, wait=not options.no_wait))
+    return 0
+
+
+def retry(options: argparse.Namespace) -> int:
+    """Let failed trials run again with the next launch."""
+    from orchestrator import control
+
+    store, sweep = _sweep(options)
+    labels, command = control.retry(store, sweep, keys=options.key or (), diverged=options.diverged)
+    for label in labels:
+        print(f"may run again: {label}")
+    if not labels:
+        print(f"no trial of {sweep} has failed" + ("" if options.diverged else " (diverged ones: --diverged)"))
+    else:
+        print(f"they continue from their newest checkpoints with: {command}")
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Look at everything a sweep needs and at every file of the store."""
+    from orchestrator.doctor import OK, PROBLEM, examine
+
+    out = sys.stdout
+    with _stdout_kept():
+        findings = []
+        for finding in examine(
+            options.store,
+            uri=options.uri,
+            address=options.address,
+            conf=[*(options.conf_before or []), *(options.conf or [])],
+            fix=options.fix,
+            say=lambda text: print(text, file=sys.stderr),
+        ):
+            findings.append(finding)
+            if not options.json:
+                mark = {"ok": "  ok    ", "note": "  note  ", "problem": "PROBLEM ", "fixed": "  fixed "}[finding.level]
+                print(f"{mark}{finding.topic}: {finding.text}", file=out)
+                if finding.fix and finding.level != OK:
+                    print(f"          -> {finding.fix}", file=out, flush=True)
+    problems = sum(finding.level == PROBLEM for finding in findings)
+    if options.json:
+        print(json.dumps({"findings": [vars(finding) for finding in findings], "problems": problems}, indent=1))
+    else:
+        print("all is well" if not problems else f"{problems} problem{'s' * (problems != 1)}")
+    return 3 if problems else 0
 
 
 def compare(options: argparse.Namespace) -> int:
     """Write the report of a sweep and print its table."""
     store, sweep = _sweep(options)
-    _read_plan(store, sweep)
+    store.plan(sweep)
     from orchestrator.compare import compare as make
 
     with _stdout_kept():
@@ -174,7 +245,7 @@ def sample(options: argparse.Namespace) -> int:
     store = _store(options)
     from orchestrator.sample import sample as draw
 
-    for path in draw(store, options.key, options.n, options.out):
+    for path in draw(store, options.key, options.n, options.out, at=options.at):
         print(path)
     return 0
 
@@ -205,9 +276,11 @@ def _stdout_kept() -> Iterator[None]:
 def _store(options: argparse.Namespace) -> Store:
     from orchestrator.ledger import Store
 
-    if not options.store.is_dir():
+    if isinstance(options.store, Path) and not options.store.is_dir():
         raise UserError(f"--store {options.store} is not a folder; name the one that a launch wrote to (its store=...)")
-    return Store(options.store)
+    store = Store(options.store)
+    store.refresh()
+    return store
 
 
 def _sweep(options: argparse.Namespace) -> tuple[Store, str]:
@@ -215,41 +288,22 @@ def _sweep(options: argparse.Namespace) -> tuple[Store, str]:
     store = _store(options)
     known = store.sweeps()
     if not known:
-        raise UserError(f"--store {store.root} holds no sweep; launch one first, as in pift launch sweep=quickstart")
+        raise UserError(f"--store {store} holds no sweep; launch one first, as in pift launch sweep=quickstart")
     if options.sweep is None:
         return store, known[-1]
     if options.sweep not in known:
         from orchestrator.overrides import close
 
         raise UserError(
-            f"sweep {options.sweep} is not in {store.root}; it holds {', '.join(known)}{close(options.sweep, known)}"
+            f"sweep {options.sweep} is not in {store}; it holds {', '.join(known)}{close(options.sweep, known)}"
         )
     return store, options.sweep
 
 
-def _read_plan(store: Store, sweep: str) -> dict[str, Any]:
-    from workers.store import read_json
-
-    path = store.sweep(sweep).plan
-    try:
-        stored = read_json(path)
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict) or not {"axes", "cells"} <= set(stored):
-        raise UserError(f"{path} is not a plan; write it anew with the launch that made it")
-    return stored
-
-
-def _progress(store: Store, key: str) -> dict[str, Any]:
-    from orchestrator.ledger import detail, state
-
-    folder = store.trial(key)
-    return {"state": state(folder)} | detail(folder)
-
-
-def _print_json(sweep: str, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_json(sweep: str, rows: Sequence[Mapping[str, Any]], **further: Any) -> None:
     counts = dict(Counter(row["state"] for row in rows))
-    print(json.dumps({"sweep": sweep, "cells": rows, "counts": counts}, indent=1, ensure_ascii=False, allow_nan=False))
+    content = {"sweep": sweep, "cells": rows, "counts": counts, **further}
+    print(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def _show(table: Any) -> None:
@@ -320,7 +374,7 @@ first steps:
   pift compare                     curves, pictures and a table of the newest sweep
   pift ui                          the same runs in MLflow
 Each subcommand explains itself: pift launch --help
-exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 130 interrupted
+exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 4 budget reached, 130 interrupted
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -330,9 +384,12 @@ exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 13
     _add_plan(commands)
     _add_launch(commands)
     _add_status(commands)
+    _add_stop(commands)
+    _add_retry(commands)
     _add_compare(commands)
     _add_sample(commands)
     _add_ui(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -374,22 +431,37 @@ def _add_store(parser: argparse.ArgumentParser, sweep: bool) -> None:
             "sweep", nargs="?", metavar="SWEEP", help="a sweep of the store; the newest where none is named"
         )
     parser.add_argument(
-        "--store", metavar="DIR", type=Path, default=Path(STORE), help="the folder of results (default: store)"
-    )
+        "--store", metavar="DIR", type=_folder_or_url, default=Path(STORE),
+        help="the folder of results, or its URL, as in s3://bucket/pift (default: store)",
+    )  # fmt: skip
+
+
+def _folder_or_url(text: str) -> str | Path:
+    from workers.remote import is_url
+
+    return text if is_url(text) else Path(text)
 
 
 def _add_plan(commands: Any) -> None:
     parser = _add(
-        commands, "plan", plan, "what a launch would run, cell by cell; writes nothing",
-        "Resolve the grid, check every cell, and print each with its state in the store: new, resumable, running,\n"
-        "stale (its process died; a launch continues it), done, failed or diverged.",
+        commands, "plan", plan, "what a launch would run, cell by cell, and for how long; writes nothing",
+        "Resolve the grid, check every cell, and print what a launch would do about each:\n"
+        "  +  new: it runs                      >  running or scheduled by another launch\n"
+        "  ~  resumable or stale: it continues  =  done\n"
+        "  !  failed or diverged: left alone    ↻  failed or diverged: runs again (retry_failed=true)\n"
+        "  ·  waits: the budget is too small    -  orphan: no longer in the grid; its trial stays in the store\n"
+        "Hours are estimated from the trials that have finished in this store.",
         "  pift plan sweep=quickstart\n  pift plan method=pi_ft,dpok beta=0.01,0.1,1\n"
+        "  pift plan sweep=four_prompts seed=range(0,5) budget.hours=8      what fits into eight trial-hours\n"
         "  pift plan --conf my_conf method=mine prompts=my_set prompt=first\n"
         "  pift plan sweep=quickstart --json | jq .counts\n",
     )  # fmt: skip
     _add_overrides(parser)
+    parser.add_argument("--all", action="store_true", help="every cell, where more than 60 would be counted by arm")
     parser.add_argument(
-        "--json", action="store_true", help='{"sweep", "cells": [...], "counts"} on stdout and nothing else'
+        "--json",
+        action="store_true",
+        help='{"sweep", "cells": [...], "counts", "orphans", "estimate", "budget"} on stdout and nothing else',
     )
 
 
@@ -397,13 +469,15 @@ def _add_launch(commands: Any) -> None:
     parser = _add(
         commands, "launch", launch, "run every cell that is not done, then compare",
         "Run the grid. A trial is named by its content: what is done stays done, what was cut off continues, and only\n"
-        "cells you changed or added run. Ctrl-C stops in order: trials write a checkpoint, the same command goes on.",
+        "cells you changed or added run. Ctrl-C stops in order: trials write a checkpoint, the same command goes on;\n"
+        "so it does after a kill, a full disk or a lost machine. Cells that another launch works on are waited for.",
         "  pift launch sweep=quickstart                 minutes on two cores\n"
         "  pift launch sweep=four_prompts seed=0,1      the sweep's cells, with two seeds\n"
         "  pift launch beta=0.1 executor=inline         one trial in this process, for a debugger\n"
         "  pift launch sweep=quickstart executor=ray executor.address=auto tracking.uri=http://host:5000   a cluster\n",
     )  # fmt: skip
     _add_overrides(parser)
+    parser.set_defaults(all=False)
     parser.add_argument("--dry-run", action="store_true", help="the same as pift plan")
     parser.add_argument("--json", action="store_true", help="the end states as JSON on stdout and nothing else")
 
@@ -411,11 +485,57 @@ def _add_launch(commands: Any) -> None:
 def _add_status(commands: Any) -> None:
     parser = _add(
         commands, "status", status, "how the trials of a launched sweep are doing",
-        "The state and step of every cell of a sweep in the store, with the reason where one failed.",
-        "  pift status\n  pift status quickstart --json\n",
+        "The state and step of every cell of a sweep in the store, with the reason where one failed:\n"
+        "  new, scheduled (in the queue of a launch), running, stale (its process died; a launch continues it),\n"
+        "  resumable (stopped in order), done, failed (FAILED.json says why), diverged.",
+        "  pift status\n  pift status quickstart --watch        until nobody works on it any more\n"
+        "  pift status quickstart --json | jq .counts\n"
+        "  pift status --watch --json | jq -c .counts      one line at every change\n",
     )  # fmt: skip
     _add_store(parser, sweep=True)
-    parser.add_argument("--json", action="store_true", help="as for plan")
+    parser.add_argument("--watch", action="store_true", help="go on looking while a launch or a trial is at work")
+    parser.add_argument("--json", action="store_true", help="as for plan; with --watch an object a line")
+
+
+def _add_stop(commands: Any) -> None:
+    parser = _add(
+        commands, "stop", stop, "let a sweep's launches stop in order, from any machine",
+        "Every trial at work writes a checkpoint and stops; the launches end with exit code 130, as after Ctrl-C in\n"
+        "their own terminals. The same launch, given again, goes on.",
+        "  pift stop\n  pift stop quickstart --store /shared/store\n",
+    )  # fmt: skip
+    _add_store(parser, sweep=True)
+    parser.add_argument("--no-wait", action="store_true", help="ask, and do not wait until they have stopped")
+
+
+def _add_retry(commands: Any) -> None:
+    parser = _add(
+        commands, "retry", retry, "let failed trials run again with the next launch",
+        "A launch leaves failed trials alone, so that what is broken is not paid for twice. This lets them run again:\n"
+        "their FAILED.json moves to failures/, and the next launch continues them from their newest checkpoints.",
+        "  pift retry\n  pift retry quickstart --key 3f0c91\n  pift retry quickstart --diverged\n",
+    )  # fmt: skip
+    _add_store(parser, sweep=True)
+    parser.add_argument("--key", metavar="KEY", action="append", help="this trial only (first digits do); repeatable")
+    parser.add_argument("--diverged", action="store_true", help="diverged ones too, which a same machine repeats")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _add(
+        commands, "doctor", doctor, "is everything there, and is everything in the store what was written?",
+        "Versions, GPU, weights in the cache (with the command that fetches them), Ray, the store (room, clock, every\n"
+        "file against its checksum, launches and trials that died, orphans), MLflow (does it answer, its Host check,\n"
+        "runs that say RUNNING and are not, two runs of one trial, points that are missing). Exit code 3 if a problem\n"
+        "is left.",
+        "  pift doctor\n  pift doctor --fix                      sets right what can be: see each line\n"
+        "  pift doctor --uri http://mlflow:5000 --address head:6379\n",
+    )  # fmt: skip
+    _add_store(parser, sweep=False)
+    parser.add_argument("--fix", action="store_true", help="set right what can be set right; nothing sound is removed")
+    parser.add_argument("--uri", metavar="URI", help="an MLflow server to look at besides those the store knows")
+    parser.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster to try (default: RAY_ADDRESS)")
+    parser.add_argument("--conf", metavar="DIR", type=Path, action="append", help=_CONF)
+    parser.add_argument("--json", action="store_true", help='{"findings", "problems"} on stdout and nothing else')
 
 
 def _add_compare(commands: Any) -> None:
@@ -435,6 +555,9 @@ def _add_sample(commands: Any) -> None:
         "  pift sample 3f0c91 --n 8 --out pictures      the first digits of a key do (pift status lists the keys)\n",
     )  # fmt: skip
     parser.add_argument("key", metavar="KEY", help="the trial's key, or its first digits")
+    parser.add_argument(
+        "--at", metavar="STEP", default="end", help="end (default), best (largest J kept), or a kept checkpoint's step"
+    )
     parser.add_argument("--n", type=int, default=8, help="how many (default: 8)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("samples"), help="folder (default: samples)")
     _add_store(parser, sweep=False)

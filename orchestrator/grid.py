@@ -26,7 +26,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -35,7 +35,9 @@ from typing import Any
 from orchestrator.conf_tree import GROUPS, ConfTree
 from orchestrator.errors import UserError
 from orchestrator.overrides import Override, canonical, close, parse
-from workers.spec import COMPONENTS, SpecError, TrialSpec, locate, settings
+from orchestrator.schedule import Budget
+from workers.remote import Remote, RemoteError, is_url
+from workers.spec import COMPONENTS, SpecError, TrialSpec, integer, locate, number, settings
 
 GROUP_AXES = ("model", "reward", "method")
 """The groups that may be axes; the others say how a sweep runs, not what a cell is."""
@@ -45,7 +47,7 @@ SPEC_KEYS = (
     "beta", "beta_schedule", "beta_rate", "seed", *COMPONENTS, "sampler", "lora", "train", "eval", "regulariser",
     "regulariser_order", "regulariser_samples", "initial_law",
 )  # fmt: skip
-RUN_KEYS = ("executor", "tracking", "resources", "store", "retry_failed")
+RUN_KEYS = ("executor", "tracking", "resources", "store", "retry_failed", "budget", "limits")
 """What is not part of a trial: where and how the sweep runs."""
 SWEEP_KEYS = ("name", "axes", "exclude", "settings", "per_method")
 LARGEST_GRID = 10_000
@@ -84,7 +86,7 @@ class Plan:
     """Axis -> its labels in order; prompt, beta, method and seed are always there."""
     cells: list[Cell]
     config: dict[str, Any]
-    """executor, tracking, resources, store, retry_failed: what does not belong to a trial."""
+    """executor, tracking, resources, store, retry_failed, budget, limits: what does not belong to a trial."""
     overrides: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
@@ -200,11 +202,12 @@ def _axis_problems(key: str, values: Sequence[Any]) -> list[str]:
         return [
             f"{key} cannot be an axis: it is no part of a trial; give it one value, as in {key}={_text(values[:1])}"
         ]
-    seen: list[Any] = []
+    seen: dict[Any, list[Any]] = {}
     for value in values:
-        if any(_same(value, other) for other in seen):
+        rivals = seen.setdefault(value if isinstance(value, Hashable) else None, [])
+        if any(_same(value, other) for other in rivals):
             return [f"the axis {key} holds {_text([value])} twice; take one out"]
-        seen.append(value)
+        rivals.append(value)
     return []
 
 
@@ -331,9 +334,11 @@ def _get(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a key that exists. A whole number where a real one stands becomes real, so that 1 and 1.0 are one trial."""
+    """Set a key that exists. A whole number where a real one stands becomes real, so that 1 and 1.0 are one trial.
+    `config` itself changes; the mappings in it are replaced by changed copies."""
     *parents, name = key.split(".")
     for part in parents:
+        config[part] = dict(config[part])
         config = config[part]
     if isinstance(config[name], float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -369,13 +374,14 @@ def _cells(tree: ConfTree, sweep: Sweep, choices: Sequence[Mapping[str, str]]) -
         size *= len(values)
     if size > LARGEST_GRID:
         raise UserError(f"the grid has {size} cells, at most {LARGEST_GRID}; shorten an axis: {', '.join(sweep.axes)}")
+    groups = [group for group in GROUP_AXES if group in sweep.axes]
+    grounds = {tuple(choice[group] for group in groups): _ground(tree, sweep, choice) for choice in choices}
     drafts: list[_Draft] = []
     skipped: set[str] = set()
     for labels in itertools.product(*sweep.axes.values()):
         point = dict(zip(sweep.axes, labels, strict=True))
-        choice = next(c for c in choices if all(c[g] == point[g] for g in GROUP_AXES if g in point))
-        draft = _resolve(tree.compose(choice), sweep, point, choice["method"])
-        if draft is None or _excluded(draft, sweep.exclude, tree.compose(choice)["prompts"]):
+        draft = _resolve(grounds[tuple(str(point[group]) for group in groups)], sweep, point)
+        if _excluded(draft, sweep.exclude):
             continue
         idle = [name for name, value in draft.further.items() if value is None and name.partition(".")[0] in COMPONENTS]
         if idle:
@@ -390,19 +396,30 @@ def _cells(tree: ConfTree, sweep: Sweep, choices: Sequence[Mapping[str, str]]) -
     return drafts
 
 
-def _resolve(base: Mapping[str, Any], sweep: Sweep, point: Mapping[str, Any], method: str) -> _Draft:
+@dataclass(frozen=True)
+class _Ground:
+    """What the cells of one choice of groups start from; shared among them, so nothing in it is ever changed."""
+
+    config: dict[str, Any]
+    """The composed configuration with the sweep file's `settings` and `per_method` laid over it."""
+    idle: frozenset[str]
+    """The keys of those that the configuration does not have."""
+    refers: bool
+    """Whether there is a `${...}` in it."""
+    followed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Configurations whose `${...}` have been followed, by their text without the seed."""
+
+
+def _ground(tree: ConfTree, sweep: Sweep, choice: Mapping[str, str]) -> _Ground:
+    config, idle = _laid_over(tree.compose(choice), sweep.settings, sweep.per_method.get(choice["method"], {}))
+    return _Ground(config, idle, _refers(config))
+
+
+def _resolve(ground: _Ground, sweep: Sweep, point: Mapping[str, Any]) -> _Draft:
     """One cell: the composed configuration with the layers of the module's docstring laid over it."""
-    config: dict[str, Any] = copy.deepcopy(dict(base))
-    idle = set()
-    for layer in (sweep.settings, sweep.per_method.get(method, {}), point, sweep.command_line):
-        for key, value in layer.items():
-            if key in GROUPS:
-                continue
-            if _get(config, key) is _MISSING:
-                idle.add(key)
-            else:
-                _set(config, key, value)
-    config = _interpolated(config)
+    config, idle = _laid_over(ground.config, point, sweep.command_line)
+    if ground.refers or _refers([*point.values(), *sweep.command_line.values()]):
+        config = _followed(config, ground.followed)
     prompt_id, prompt = _prompt(config["prompt"], _prompts(config))
     content = {key: config.get(key) for key in SPEC_KEYS} | {"prompt": prompt, "prompt_id": prompt_id}
     further = {}
@@ -410,14 +427,42 @@ def _resolve(base: Mapping[str, Any], sweep: Sweep, point: Mapping[str, Any], me
         if name in GROUP_AXES:
             further[name] = config[name]["name"]
         elif name not in CANONICAL:
-            further[name] = None if name in idle else _label(_get(config, name))
+            further[name] = None if name in idle or name in ground.idle else _label(_get(config, name))
     return _Draft(point, content, {name: label for name, label in further.items() if name not in CANONICAL})
+
+
+def _laid_over(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+    """A configuration with layers of values over it, and the keys that it does not have; choices of groups are passed
+    over. What no layer touches is shared with `base`."""
+    config, idle = dict(base), set()
+    for layer in layers:
+        for key, value in layer.items():
+            if key in GROUPS:
+                continue
+            if _get(config, key) is _MISSING:
+                idle.add(key)
+            else:
+                _set(config, key, value)
+    return config, frozenset(idle)
+
+
+def _refers(value: Any) -> bool:
+    """Whether there is a `${...}` somewhere."""
+    return "${" in json.dumps(value, default=str)
+
+
+def _followed(config: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`_interpolated`, which takes milliseconds, once for all that differ in nothing but a seed nobody refers to."""
+    text = json.dumps({name: value for name, value in config.items() if name != "seed"}, default=str)
+    if re.search(r"\$\{[^}]*seed", text) or _refers(config["seed"]):
+        return _interpolated(config)
+    if text not in known:
+        known[text] = _interpolated(config)
+    return known[text] | {"seed": config["seed"]}
 
 
 def _interpolated(config: dict[str, Any]) -> dict[str, Any]:
     """`${...}` replaced by what it refers to."""
-    if "${" not in json.dumps(config, default=str):
-        return config
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -429,7 +474,7 @@ def _interpolated(config: dict[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def _excluded(draft: _Draft, exclude: Sequence[Mapping[str, Any]], prompts: Mapping[str, Any]) -> bool:
+def _excluded(draft: _Draft, exclude: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the cell agrees with every key of one of the entries."""
     content = draft.content
     labels = {**draft.further, "prompt": content["prompt_id"], "beta": content["beta"], "seed": content["seed"]}
@@ -443,11 +488,11 @@ def _excluded(draft: _Draft, exclude: Sequence[Mapping[str, Any]], prompts: Mapp
     return any(entry and all(agrees(key, wanted) for key, wanted in entry.items()) for entry in exclude)
 
 
-def _prompts(config: Mapping[str, Any]) -> dict[str, str]:
+def _prompts(config: Mapping[str, Any]) -> Mapping[str, str]:
     """Id -> text; a prompts file may hold the lines themselves or have them under `prompts:`."""
     prompts = config["prompts"]
     nested = prompts.get("prompts")
-    return dict(nested if isinstance(nested, Mapping) else prompts)
+    return nested if isinstance(nested, Mapping) else prompts
 
 
 def _prompt(value: Any, prompts: Mapping[str, str]) -> tuple[str, Any]:
@@ -493,9 +538,10 @@ def _checked(drafts: Sequence[_Draft]) -> list[Cell]:
     """The drafts as cells. Raises UserError with the problems of all cells, each once."""
     problems: dict[str, None] = {}
     specs: list[TrialSpec] = []
+    checked: dict[str, list[str]] = {}
     for draft in drafts:
         try:
-            specs.append(TrialSpec.from_dict(draft.content))
+            specs.append(TrialSpec.from_dict(draft.content, checked))
         except SpecError as error:
             problems.update(dict.fromkeys(error.problems))
     if problems:
@@ -566,7 +612,9 @@ def _axes(sweep: Sweep, cells: Sequence[Cell]) -> dict[str, list[Any]]:
 
 
 def _run_config(sweep: Sweep, base: Mapping[str, Any]) -> dict[str, Any]:
-    """executor, tracking, resources and store with the sweep's settings and the command line over them."""
+    """What RUN_KEYS names, with the sweep's settings and the command line over it."""
+    if missing := [key for key in RUN_KEYS if key not in base]:
+        raise UserError(f"conf/config.yaml lacks {', '.join(missing)}; take the shipped one as the example")
     config = copy.deepcopy(dict(base))
     problems = []
     for layer in (sweep.settings, sweep.command_line):
@@ -576,12 +624,17 @@ def _run_config(sweep: Sweep, base: Mapping[str, Any]) -> dict[str, Any]:
                 _set(config, key, value)
     if problems:
         raise UserError(*problems)
-    config = _interpolated(config)
+    if _refers(config):
+        config = _interpolated(config)
+    if problems := [*_budget_problems(config["budget"]), *_limits_problems(config["limits"])]:
+        raise UserError(*problems)
     return {key: config[key] for key in RUN_KEYS}
 
 
 def _run_problems(key: str, current: Any, value: Any) -> list[str]:
-    """What is wrong with a setting that is not part of a trial."""
+    """What is wrong with a setting that is not part of a trial; budget and limits are checked as a whole."""
+    if key.partition(".")[0] in ("budget", "limits"):
+        return []
     if isinstance(current, bool) and not isinstance(value, bool):
         return [f"{key}={_text([value])} is neither true nor false; write for example {key}=true"]
     number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
@@ -589,7 +642,44 @@ def _run_problems(key: str, current: Any, value: Any) -> list[str]:
         return [f"{key}={_text([value])} is not a number of at least 0; write for example {key}={current}"]
     if key == "store" and (not isinstance(value, str) or not value.strip()):
         return [f"store={_text([value])} is not a folder; write for example store=store"]
+    if key == "store" and is_url(value):
+        return _url_problems(value)
+    if key == "tracking.required" and not (value is None or isinstance(value, bool)):
+        return [f"{key}={_text([value])} is neither true, false nor null; write for example {key}=false"]
     return []
+
+
+def _url_problems(url: str) -> list[str]:
+    try:
+        Remote(url)
+    except RemoteError as error:
+        return [str(error)]
+    return []
+
+
+def _budget_problems(budget: Mapping[str, Any]) -> list[str]:
+    try:
+        Budget.of(budget)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _limits_problems(limits: Mapping[str, Any]) -> list[str]:
+    """What is wrong with what a trial puts up with; null switches a limit off where that makes sense."""
+    found = []
+    for name, why, example in (
+        ("kl_nats", "the path KL beyond which a trial counts as diverged, null for none", 10_000),
+        ("reward_seconds", "how long one reward call may take, null for ever", 600),
+    ):
+        if limits[name] is not None:
+            found += number(f"limits.{name}", limits[name], 0, why, open_low=True, example=example)
+    found += integer(
+        "limits.reward_retries", limits["reward_retries"], 0, "how often a failing reward call is repeated"
+    )
+    why = "how long a trial trains on while its folder cannot be written"
+    found += number("limits.storage_seconds", limits["storage_seconds"], 0, why, example=300)
+    return found + integer("limits.deaths", limits["deaths"], 1, "attempts in a row that may die without a new step")
 
 
 def _label(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """What a launch shows while it runs: a live table on stderr, or plain lines where stderr is no terminal.
 
-The figures come from running.json and from what was appended to the journals since the last look, so a trial is
-watched in the same way wherever it runs. A second thread drives the tracker: a slow or dead MLflow delays nothing.
+The figures come from the attempts' records and from what was appended to the journals since the last look, so a trial
+is watched in the same way wherever it runs. A second thread drives the tracker: a slow or dead MLflow delays nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TextIO
 
 from rich.console import Console, Group
@@ -19,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator import ledger
+from orchestrator.errors import UserError
 from orchestrator.executors import Outcome
 from orchestrator.tracking import View
-from workers.store import TrialFolder, read_json
+from workers.store import TrialFolder
 
 LOOK_SECONDS = 1.0
 FORWARD_SECONDS = 2.0
@@ -44,14 +46,17 @@ class Progress:
         self.state, self.step = "new", 0
         self.started: float | None = None
 
-    def look(self) -> None:
+    def look(self, state: str) -> None:
         """Read what is new."""
-        beat = _quietly(self.folder.running)
+        self.state = state
+        if state in ("new", "scheduled"):
+            return
+        attempt = ledger.last_attempt(self.folder)
+        beat = {} if attempt is None else attempt.content
         while records := self.tail.read():
             for record, _ in records:
                 self.newest |= record.get("metrics", {})
                 self.times.append((int(record["step"]), float(record["time"])))
-        self.state = ledger.state(self.folder)
         self.step = max(self.times[-1][0] if self.times else 0, int(beat.get("step", 0)))
         if self.state == "running" and beat.get("started") != self.started:
             self.started = beat.get("started")
@@ -81,6 +86,7 @@ class Monitor:
         view: View,
         *,
         slots: Callable[[], int | None] = lambda: 1,
+        each: Callable[[], None] = lambda: None,
         stream: TextIO | None = None,
     ) -> None:
         cells = {cell["key"]: cell for cell in plan["cells"]}
@@ -88,7 +94,8 @@ class Monitor:
             key: Progress(store.trial(key), cell["label"], str(cell.get("method", "")), _steps(plan["specs"][key]))
             for key, cell in cells.items()
         }
-        self.sweep, self.view, self.slots = plan["sweep"], view, slots
+        self.sweep, self.store, self.view, self.slots = plan["sweep"], store, view, slots
+        self._each = each
         self.console = Console(file=stream or sys.stderr)
         self.warning = ""
         self.note = ""
@@ -96,6 +103,7 @@ class Monitor:
         self._stop = threading.Event()
         self._shown: dict[str, str] = {}
         self._next_line = 0.0
+        self._took = 0.0
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._show, self._forward)]
 
     def __enter__(self) -> Monitor:
@@ -160,27 +168,39 @@ class Monitor:
         rows = list(self.rows.values())
         if len(rows) <= ROWS:
             return rows
-        order = {"running": 0, "failed": 1, "diverged": 1, "stale": 2, "resumable": 2, "new": 3, "done": 4}
+        order = {"running": 0, "failed": 1, "diverged": 1, "stale": 2, "resumable": 2, "done": 4}
         return sorted(rows, key=lambda row: order.get(row.state, 3))[:ROWS]
 
     def _look(self) -> None:
-        for row in self.rows.values():
-            if row.state not in ledger.FINAL:
-                row.look()
+        left = [key for key, row in self.rows.items() if row.state not in ledger.FINAL]
+        for key, state in ledger.survey(self.store, left).items():
+            self.rows[key].look(state)
+        self._each()
+
+    def _pause(self) -> bool:
+        """Wait for the next look; True when it is over. Looks at a very large sweep take long, and so do pauses."""
+        return self._stop.wait(max(LOOK_SECONDS, 4 * self._took))
+
+    def _timed_look(self) -> None:
+        """A store that is away for a moment is looked at again."""
+        began = time.monotonic()
+        with suppress(OSError, UserError):
+            self._look()
+        self._took = time.monotonic() - began
 
     def _show(self) -> None:
         if not self.console.is_terminal:
-            while not self._stop.wait(LOOK_SECONDS):
-                self._look()
+            while not self._pause():
+                self._timed_look()
                 self._print_events()
-            self._look()
+            self._timed_look()
             self._print_events()
             return
         with Live(self._picture(), console=self.console, auto_refresh=False, transient=True) as live:
-            while not self._stop.wait(LOOK_SECONDS):
-                self._look()
+            while not self._pause():
+                self._timed_look()
                 live.update(self._picture(), refresh=True)
-        self._look()
+        self._timed_look()
         self.console.print(self.table())
 
     def _picture(self) -> Group:
@@ -253,10 +273,3 @@ def duration(seconds: float) -> str:
 
 def _steps(spec: Mapping[str, Any]) -> int:
     return int(spec.get("train", {}).get("gradient_steps", 0))
-
-
-def _quietly(path: Any) -> dict[str, Any]:
-    try:
-        return read_json(path) or {}
-    except ValueError:
-        return {}

@@ -37,9 +37,12 @@ def _ask(root: Path, *words: str) -> str | None:
     return answer.stdout.strip() if answer.returncode == 0 else None
 
 
+def lock_file() -> Path | None:
+    """requirements.lock: in the checkout, or shipped inside the package."""
+    places = (folder / "requirements.lock" for folder in (ROOT, ROOT / "orchestrator", ROOT / "conf"))
+    return next((path for path in places if path.is_file()), None)
+
+
 def _lock() -> str:
-    """The hash of requirements.lock: in the checkout, or shipped inside the package."""
-    for folder in (ROOT, ROOT / "orchestrator", ROOT / "conf"):
-        if (folder / "requirements.lock").is_file():
-            return sha256(folder / "requirements.lock")
-    return UNKNOWN
+    path = lock_file()
+    return UNKNOWN if path is None else sha256(path)

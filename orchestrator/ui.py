@@ -36,8 +36,9 @@ def serve(store: Store, port: int = 5000, experiment: str = EXPERIMENT) -> int:
     """Run the server until Ctrl-C; the exit code. Raises UserError without a database, or where the port is taken."""
     database = store.root / "mlflow.db"
     if not database.is_file():
+        here = "" if store.far is None else " on this machine (pift doctor --fix makes it from the store)"
         raise UserError(
-            f"--store {store.root} has no mlflow.db: launch a sweep first, as in pift launch sweep=quickstart "
+            f"--store {store} has no mlflow.db{here}: launch a sweep first, as in pift launch sweep=quickstart "
             "(with tracking.uri set to a server, look there)"
         )
     check_port(port)
@@ -47,7 +48,7 @@ def serve(store: Store, port: int = 5000, experiment: str = EXPERIMENT) -> int:
         with _signals_as_interrupt():
             if not _wait_until_up(server, port):
                 return server.wait()
-            print(f"MLflow on {store.root}: {_link(database, port, experiment)}", flush=True)
+            print(f"MLflow on {store}: {_link(database, port, experiment)}", flush=True)
             print("Ctrl-C ends it", file=sys.stderr, flush=True)
             return server.wait()
     except KeyboardInterrupt:

@@ -33,6 +33,9 @@ def compare(store: Store, sweep: str, out: Path | None = None) -> Report:
     from orchestrator.compare import figures, frame, report, verdict
     from workers.store import write_text
 
+    if sweep in store.sweeps():
+        store.follow([cell["key"] for cell in store.plan(sweep)["cells"]], "pictures")
+        store.refresh()
     found = frame.load(store, sweep)
     folder = Path(out) if out is not None else store.sweep(sweep).report
     drawn = {prompt: figures.panels(found, prompt) for prompt in found.prompts}

@@ -18,8 +18,8 @@ from typing import Any
 from orchestrator.compare.statistics import Estimate, estimate, paired
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store, detail, state
-from workers.recorder import read_journal
-from workers.store import TrialFolder, read_json, write_text
+from workers.recorder import Scan, scan
+from workers.store import TrialFolder, sound_record, write_text
 
 IDENTITY = ("key", "label", "prompt", "prompt_text", "beta", "method", "seed")
 """The columns of a cell that every plan has; what else a cell carries is a further axis of the sweep."""
@@ -211,11 +211,11 @@ def load(store: Store, name: str) -> Sweep:
     """Read a sweep. Raises UserError where the store has no such sweep, naming those it has."""
     names = store.sweeps()
     if not names:
-        raise UserError(f"store={store.root} has no sweeps yet; run `pift launch` first, or name another store=FOLDER")
+        raise UserError(f"store={store} has no sweeps yet; run `pift launch` first, or name another store=FOLDER")
     if name not in names:
-        raise UserError(f"sweep={name!r} is not in store={store.root}; choose one of {', '.join(names)}")
+        raise UserError(f"sweep={name!r} is not in store={store}; choose one of {', '.join(names)}")
     folder = store.sweep(name)
-    plan: dict[str, Any] = read_json(folder.plan) or {}
+    plan = store.plan(name)
     cells = [_cell(store, plan, entry) for entry in plan["cells"]]
     return Sweep(name=str(plan.get("sweep", name)), plan=plan, cells=cells, folder=folder.root)
 
@@ -225,6 +225,10 @@ def _cell(store: Store, plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Ce
     varying = [name for name in extras if _varies(plan, name)]
     variant = " ".join([str(entry["method"]), *(f"{name.rpartition('.')[2]}={show(extras[name])}" for name in varying)])
     seed = f" seed {show(entry['seed'])}" if len({show(other["seed"]) for other in plan["cells"]}) > 1 else ""
+    journal, found, known = scan(folder.journal), state(folder), detail(folder)
+    if journal.problem:  # what is sound of it is shown, and that the rest is missing
+        message = f"the journal is damaged at {journal.problem}; the launch, given again, computes the rest anew"
+        found, known = ("resumable" if found == "done" else found), known | {"class": "damaged", "message": message}
     return Cell(
         key=entry["key"],
         label=entry.get("label", entry["key"]),
@@ -236,11 +240,11 @@ def _cell(store: Store, plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Ce
         extras=extras,
         variant=variant,
         title=f"{variant} β\u00a0{show(entry['beta'])}{seed}",
-        state=state(folder),
-        detail=detail(folder) or {},
-        spec=read_json(folder.spec) or plan.get("specs", {}).get(entry["key"], {}),
-        records=_records(folder),
-        done=read_json(folder.done) or {},
+        state=found,
+        detail=known,
+        spec=plan.get("specs", {}).get(entry["key"], {}),
+        records=_records(folder, journal),
+        done=sound_record(folder.done),
         folder=folder,
     )
 
@@ -259,20 +263,18 @@ def _extras(plan: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]
     return {name: entry[name] for name in dict.fromkeys(axes + named) if entry.get(name) is not None}
 
 
-def _records(folder: TrialFolder) -> list[Record]:
-    """The journal by step: records of one step are merged, the newest value winning."""
-    merged: dict[int, Record] = {}
-    for line in read_journal(folder.journal):
-        step, old = int(line["step"]), merged.get(int(line["step"]))
-        strip = folder.root / line["pictures"] if line.get("pictures") else None
-        merged[step] = Record(
-            step=step,
+def _records(folder: TrialFolder, journal: Scan) -> list[Record]:
+    """The journal, one record a step."""
+    return [
+        Record(
+            step=int(line["step"]),
             time=float(line.get("time", 0.0)),
-            metrics={**(old.metrics if old else {}), **line.get("metrics", {})},
-            samples={**(old.samples if old else {}), **line.get("samples", {})},
-            pictures=strip or (old.pictures if old else None),
+            metrics=line.get("metrics", {}),
+            samples=line.get("samples", {}),
+            pictures=folder.root / line["pictures"] if line.get("pictures") else None,
         )
-    return [merged[step] for step in sorted(merged)]
+        for line in journal.records
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from orchestrator.compare.frame import Cell
+from workers.store import sound_picture
 
 PIXEL_ART = 64
 THUMBNAIL = 128
@@ -78,9 +79,10 @@ def sheet(cells: Sequence[Cell], budget: int) -> Sheet | None:
 
 
 def _pictured(cell: Cell) -> list[Frame]:
-    """The steps of a cell whose pictures are in the store."""
+    """The steps of a cell whose pictures are in the store, and whole."""
     frames = [(record, record.pictures) for record in cell.records if record.pictures]
-    return [Frame(record.step, path, record.samples.get("reward", ())) for record, path in frames if path.is_file()]
+    frames = [(record, path) for record, path in frames if sound_picture(path)]
+    return [Frame(record.step, path, record.samples.get("reward", ())) for record, path in frames]
 
 
 def _spread(steps: Sequence[int], count: int) -> list[int]:

@@ -2,7 +2,8 @@
 
 Every launch is a fresh Tune run over the keys of the jobs; what was done before is the store's business, so
 Tuner.restore is never used. A trial reports once, at its end: its journal and heartbeat are what the monitor reads.
-Tune retries nothing. A worker process that dies without a word becomes FAILED.json of class "worker_died".
+Tune retries a trial whose process died, at once and `limits.deaths` times, and nothing else: a trial that fails says
+so in its outcome. A machine that goes away costs its trials no more than the steps since their last checkpoints.
 Processes are reused from trial to trial, which saves their start-up (about 3 s and the imports of torch).
 """
 
@@ -10,21 +11,25 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from orchestrator import ledger
 from orchestrator.errors import UserError
-from orchestrator.executors import Job, OnOutcome, Outcome, Setting, call, thread_environment
-from workers.store import TrialFolder, read_json
+from orchestrator.executors import ExecutorLost, Job, OnOutcome, Outcome, Setting, call, fail, thread_environment
+from workers.afar import work_folder
+from workers.store import TrialFolder, sound_record
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -39,9 +44,16 @@ QUIET = {
 }
 os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
 
+import psutil  # noqa: E402
 import ray  # noqa: E402  (its environment comes first)
 from ray import tune  # noqa: E402
 
+HEAD = ("gcs_server", "raylet")
+LOOK_SECONDS = 0.5
+ASK_SECONDS = 5.0
+SILENT_SECONDS = 30.0
+"""A head that does not answer for so long is held to be gone; Ray itself gives up after 60 s, without a word."""
+SHUTDOWN_SECONDS = 15.0
 OBJECT_STORE_BYTES = 128 << 20
 """Only specs travel through Ray; its default is 30 % of the machine's memory."""
 
@@ -51,8 +63,9 @@ class RayTune:
 
     slots = 1
 
-    def __init__(self, setting: Setting, *, address: str | None = None) -> None:
-        self.setting, self.address = setting, address
+    def __init__(self, setting: Setting, *, address: str | None = None, cpus: int | None = None) -> None:
+        """`cpus`: what a Ray of our own offers to trials, None for all of the machine."""
+        self.setting, self.address, self.cpus = setting, address, cpus
         self._started = False
 
     def __enter__(self) -> RayTune:
@@ -63,6 +76,7 @@ class RayTune:
                 if self._started:
                     self._init()
             self.slots = self._count_slots()
+            self._head = _Head(ray.get_runtime_context().gcs_address, ours=self.address in (None, "local"))
         except SystemExit as stop:  # SIGTERM, which ray.init answers in this way
             ray.shutdown()
             raise KeyboardInterrupt from stop
@@ -77,13 +91,31 @@ class RayTune:
                 ray.shutdown()
 
     def run(self, jobs: Sequence[Job], on_outcome: OnOutcome) -> None:
+        """Tune runs in a thread of its own: this one waits for it, takes the signals, and sees whether Ray still lives,
+        because a driver whose head is gone blocks in its calls and is ended by Ray a minute later, in silence."""
         storage = Path(tempfile.mkdtemp(prefix="pift-tune-"))
+        fit = _Thread(lambda: self._tuner(jobs, on_outcome, storage).fit())
         try:
             # Ray prints a dead worker's obituary to stdout, whatever one tells its loggers; stdout is the launch's
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _our_signals():
-                self._tuner(jobs, on_outcome, storage).fit()
+                fit.start()
+                while fit.is_alive():
+                    fit.join(LOOK_SECONDS)
+                    if (lost := self._head.lost()) is not None:
+                        self._give_up()
+                        raise ExecutorLost(f"{lost}: what it ran goes on from its checkpoints with the next launch")
+            fit.raise_error()
         finally:
             shutil.rmtree(storage, ignore_errors=True)
+
+    def _give_up(self) -> None:
+        """Leave a Ray whose head is gone, before Ray ends this process: a minute after it lost its head, in silence.
+        (While Ray starts, nothing here can look after it: it then ends the process with exit code 1.)"""
+        self._started = False
+        self._head.end()
+        down = _Thread(ray.shutdown)  # it waits for the head
+        down.start()
+        down.join(SHUTDOWN_SECONDS)
 
     def _init(self) -> None:
         paths = [path for path in (str(Path(__file__).parents[2]), *sys.path) if path and Path(path).exists()]
@@ -97,11 +129,12 @@ class RayTune:
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         if self.address in (None, "local"):
             os.environ.update(environment)  # processes that Ray starts here inherit it
-            _start_here(common)
+            _start_here(common | {"num_cpus": self.cpus})
             return
         try:
+            _knock(str(self.address))
             ray.init(address=self.address, runtime_env={"env_vars": environment | QUIET}, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"executor.address={self.address!r} has no Ray cluster that answers ({_first_line(error)}); "
                 "start one with `ray start --head`, or leave executor.address=null to run on this machine"
@@ -134,12 +167,86 @@ class RayTune:
                 name="pift",
                 storage_path=str(storage),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0, fail_fast=False),
+                failure_config=tune.FailureConfig(
+                    max_failures=int(self.setting.limits.get("deaths", 3)), fail_fast=False
+                ),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-                callbacks=[_Outcomes({job.key: job.folder for job in jobs}, on_outcome)],
+                callbacks=[_Outcomes({job.key: job.folder for job in jobs}, on_outcome, self.setting)],
                 log_to_file=False,
             ),
         )
+
+
+def _children() -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return psutil.Process().children(recursive=True)
+    return []
+
+
+def _kill_children() -> None:
+    for process in _children():
+        with suppress(psutil.Error):
+            process.kill()
+
+
+class _Thread(threading.Thread):
+    """A thread whose exception is kept."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._act = act
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._act()
+        except BaseException as error:
+            self._error = error
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _Head:
+    """Ray's own processes: does the head answer, and, where this process started them, do they live?"""
+
+    def __init__(self, address: str, ours: bool) -> None:
+        self.address = address
+        self.processes = [child for child in psutil.Process().children() if child.name() in HEAD] if ours else []
+        self._answered = self._asked = time.monotonic()
+
+    def lost(self) -> str | None:
+        """What is gone, None while all is well."""
+        for process in self.processes:
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                return f"Ray's {process.name() if process.is_running() else 'head'} died (pid {process.pid})"
+        now = time.monotonic()
+        if now - self._asked > ASK_SECONDS:
+            self._asked = now
+            host, _, port = self.address.rpartition(":")
+            with suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), timeout=ASK_SECONDS):
+                self._answered = time.monotonic()
+        silent = self._asked - self._answered
+        return f"Ray's head at {self.address} has not answered for {silent:.0f} s" if silent > SILENT_SECONDS else None
+
+    def end(self) -> None:
+        """End what is left of our own processes, so that no trial works on beside the next launch's."""
+        if self.processes:
+            _kill_children()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself would wait for minutes, deaf to Ctrl-C."""
+    if found := re.fullmatch(r"(?:ray://)?(.+):(\d+)", address):
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=ASK_SECONDS).close()
+
+
+def reach(address: str) -> str:
+    """What a running cluster offers, in words. Raises UserError where none answers."""
+    with RayTune(Setting(target="", stop=Path(), cpu=1, gpu=0), address=address):
+        total = ray.cluster_resources()
+        return f"{len(ray.nodes())} nodes, {total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
 
 
 def _start_here(common: Mapping[str, Any]) -> None:
@@ -162,15 +269,18 @@ def train(config: dict[str, Any], *, table: Mapping[str, Any], setting: Mapping[
     key = config["key"]
     job = Job(key, dict(table[key]["spec"]), Path(table[key]["folder"]))
     outcome = call(Setting(**{**setting, "stop": Path(setting["stop"])}), job)
-    final = (read_json(TrialFolder(job.folder).done) or {}).get("final", {})
-    tune.report({"state": outcome.state, "step": outcome.step, "message": outcome.message, **final})
+    if outcome.kind == "device":  # this process's GPU context is broken for good; Tune starts another one
+        os._exit(1)
+    folder = job.folder if setting["url"] is None else work_folder(setting["url"], key)
+    final = sound_record(TrialFolder(folder).done).get("final", {})
+    tune.report(asdict(outcome) | final)
 
 
 class _Outcomes(tune.Callback):
-    """Tells the launch how each trial ended; a trial whose process died is written down as failed first."""
+    """Tells the launch how each trial ended; one whose process never began is written down as failed first."""
 
-    def __init__(self, folders: Mapping[str, Path], on_outcome: OnOutcome) -> None:
-        self.folders, self.on_outcome = folders, on_outcome
+    def __init__(self, folders: Mapping[str, Path], on_outcome: OnOutcome, setting: Setting) -> None:
+        self.folders, self.on_outcome, self.setting = folders, on_outcome, setting
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune saves its callbacks beside its state, which nobody restores: this one is saved as nothing."""
@@ -178,15 +288,22 @@ class _Outcomes(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        outcome = Outcome(result.get("state", "failed"), result.get("step", 0), result.get("message"))
-        self.on_outcome(_key_of(trial), outcome)
+        said = (result.get("message"), result.get("kind"))
+        self.on_outcome(_key_of(trial), Outcome(result.get("state", "failed"), result.get("step", 0), *said))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         key = _key_of(trial)
         folder = TrialFolder(Path(self.folders[key]))
         message = f"the trial's process died: {_reason(trial)}"
-        ledger.fail(folder, key, "worker_died", message)
-        self.on_outcome(key, Outcome(ledger.state(folder), ledger.detail(folder)["step"] or 0, message))
+        if self.setting.url is not None:
+            ledger.Store(self.setting.url).refresh()
+        attempt = ledger.last_attempt(folder)
+        if attempt is None or attempt.content.get("launch") != self.setting.facts.get("launch"):
+            with suppress(UserError):
+                fail(self.setting, key, folder.root, message)
+            self.on_outcome(key, Outcome("failed", 0, message, "bug"))
+            return
+        self.on_outcome(key, Outcome("stopped", ledger.detail(folder)["step"] or 0, message, "worker_died"))
 
 
 def _key_of(trial: Any) -> str:

@@ -1,28 +1,41 @@
 """Journals shown elsewhere. The store is the truth, a tracker is a view of it: it may be late, down, or rebuilt.
 
-`check` looks at the setting before anything is written, `open_view` gives the view that a launch drives. Only
-mlflow_view.py imports mlflow, and only when a launch needs it.
+    check(config, store)               before anything is written: is somebody there?
+    open_view(config, store, plan)     what a launch drives: runs, statuses, pictures, files, and the points of the
+                                       journals where MLflow is a database
+    server_of(config)                  where the trials send their points themselves (forwarder.py)
+    repair.rebuild(store, uri)         the whole view, from the store
+
+Only this package imports mlflow, and only when a launch needs it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
+from orchestrator.tracking import entry
+from orchestrator.tracking.database import check_file, default_uri, file_of
 
 EXPERIMENT = "pift"
-SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+SERVERS = ("http", "https")
+SCHEMES = (*SERVERS, "sqlite", "postgresql", "mysql", "mssql", "databricks")
 FIX = "leave tracking.uri=null for a database in the store, or name a running server as in tracking.uri=http://127.0.0.1:5000"
+OPEN_SECONDS = 5.0
+"""As long as a launch spends on opening runs before its trials start; the others are opened while these run."""
 
 
 class View(Protocol):
-    """What a launch asks of a tracker. `forward` raises when the tracker is down; what was sent stays sent."""
+    """What a launch asks of a tracker; each may raise when the tracker is down, and goes on from there when called
+    again. `forward` returns soon, and so does `open` with a number of seconds."""
 
-    def open(self) -> None: ...
+    def open(self, seconds: float = entry.FOREVER) -> None: ...
 
     def forward(self) -> int: ...
 
@@ -34,7 +47,7 @@ class View(Protocol):
 class NoView:
     """tracking=none: the store alone."""
 
-    def open(self) -> None:
+    def open(self, seconds: float = entry.FOREVER) -> None:
         return None
 
     def forward(self) -> int:
@@ -47,6 +60,9 @@ class NoView:
         return None
 
 
+# ---- settings
+
+
 def settings(config: Mapping[str, Any]) -> tuple[str | None, str] | None:
     """(uri, experiment) of the resolved config; None when tracking is off."""
     tracking = config.get("tracking")
@@ -57,6 +73,25 @@ def settings(config: Mapping[str, Any]) -> tuple[str | None, str] | None:
     return (None if uri is None else str(uri)), str(values.get("experiment") or EXPERIMENT)
 
 
+def server_of(config: Mapping[str, Any]) -> str | None:
+    """The address that trials send their own points to; None where the launch does it."""
+    found = settings(config)
+    return found[0] if found is not None and is_server(found[0]) else None
+
+
+def is_server(uri: str | None) -> bool:
+    return uri is not None and urlsplit(uri).scheme.lower() in SERVERS
+
+
+def place_of(uri: str | None) -> str:
+    """The name of a tracker in mlflow.json; that of the database in the store survives moving the store."""
+    return "store" if uri is None else without_password(uri)
+
+
+def without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def check_uri(uri: str | None) -> None:
     """Raises UserError when `uri` is nothing that MLflow could keep runs in. Contacts nobody."""
     if uri is None:
@@ -64,7 +99,7 @@ def check_uri(uri: str | None) -> None:
     kind = uri.partition(":")[0].partition("+")[0].lower()
     if kind not in SCHEMES:
         raise UserError(f"tracking.uri={uri!r} is not an address of an MLflow server or database; {FIX}")
-    if kind in ("http", "https") and not _web_address(uri):
+    if kind in SERVERS and not _web_address(uri):
         raise UserError(f"tracking.uri={uri!r} is not a valid web address; {FIX}")
     if kind == "sqlite" and not re.fullmatch(r"sqlite(\+\w+)?:///.+", uri):
         raise UserError(f"tracking.uri={uri!r} needs three slashes and a file, as in sqlite:////data/mlflow.db; {FIX}")
@@ -79,25 +114,61 @@ def _web_address(uri: str) -> bool:
         return False
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raises UserError when the tracker cannot be used, within about 15 s and before anything is written."""
+# ---- before a launch
+
+
+def check(config: Mapping[str, Any], store: Store) -> None:
+    """Raises UserError when the tracker cannot be used, within about 15 s and before anything is written.
+
+    A server that does not answer is no reason to refuse where this store has reached it before, unless
+    tracking.required says so: then a warning on stderr says what becomes of the journals.
+    """
     found = settings(config)
     if found is None:
         return
-    check_uri(found[0])
-    if found[0] is not None:
-        from orchestrator.tracking.mlflow_view import probe
+    check_uri(uri := found[0])
+    path = file_of(uri or default_uri(store))
+    if uri is not None and path is None:
+        _check_answers(uri, config["tracking"].get("required"), store)
+    elif path is not None and (uri is not None or path.exists()):  # the one in the store is made when it is needed
+        check_file(uri or default_uri(store), path, FIX)
 
-        probe(found[0])
+
+def _check_answers(uri: str, required: bool | None, store: Store) -> None:
+    from orchestrator.tracking.client import reach
+
+    if (problem := reach(uri)) is None:
+        return
+    shown = without_password(uri)
+    if required is None:
+        required = not was_reached(store, place_of(uri))
+    if required:
+        raise UserError(
+            f"tracking.uri={shown!r} has no MLflow that answers ({problem}); {FIX}, or train without it for now: "
+            "tracking.required=false"
+        )
+    print(
+        f"warning: tracking.uri={shown!r} does not answer ({problem}). Training goes on; the journals are sent when it "
+        "answers: by this launch, by the same command given later, or by pift doctor --fix",
+        file=sys.stderr,
+    )
+
+
+def was_reached(store: Store, place: str) -> bool:
+    """Whether any sweep of the store has a run there."""
+    return any(entry.read(path, place).get("run_id") for path in store.root.glob("sweeps/*/mlflow.json"))
 
 
 def open_view(config: Mapping[str, Any], store: Store, plan: Mapping[str, Any]) -> View:
-    """The view of a sweep that the config asks for; `plan` is the content of plan.json."""
+    """The view of a sweep that the config asks for; `plan` is the content of plan.json. A tracker that went away since
+    the check is tried again by whoever drives the view."""
     found = settings(config)
     if found is None:
         return NoView()
+    from orchestrator.tracking.client import patience
     from orchestrator.tracking.mlflow_view import MlflowView
 
     view = MlflowView(found[0], store, plan, experiment=found[1])
-    view.open()
+    with contextlib.suppress(Exception), patience(seconds=5):
+        view.open(OPEN_SECONDS)
     return view

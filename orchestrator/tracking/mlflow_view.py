@@ -1,179 +1,204 @@
-"""MLflow as a view of the store: one parent run per sweep, one child run per trial. The only file importing mlflow.
+"""MLflow as a view of the store: one parent run per sweep, one child run per trial for life.
 
-A trial has one run for life per tracking server: its id and the byte offset up to which the journal was sent stand in
-store/trials/<key>/mlflow.json. Records go in batches of at most 1000 points with their original times and steps, and
-the offset is saved after each batch, so sending again (a crash between the two, a lost cursor) repeats the very same
-points, which MLflow keeps once. A lost database is rebuilt by the next launch of the same sweep.
+The launch opens the runs, sets their statuses, sends pictures and files, and closes them. It sends the points too where
+MLflow is a database, with one writer at a time for all launches (a lock beside the database); a server gets them from
+the trials themselves while they run, and from the launch when they do not. What stands in the store about it: entry.py.
 
-MLflow gives a run one parent. A trial that two sweeps share has the sweep that first opened it as its parent and
-carries the tag `sweep.<name>` = "cell" of every sweep it belongs to; each parent's description links all its cells.
+A run that somebody deleted, or whose database is gone, is made anew from the journal. A run whose mlflow.json is
+damaged or lost is found by its tags. MLflow gives a run one parent: a trial that two sweeps share has the sweep that
+first opened it as its parent and carries the tag `sweep.<name>` = "cell" of every sweep it belongs to; each parent's
+description links its cells, as many as fit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import json
-import logging
-import os
-import re
 import tempfile
-import threading
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-# Calls fail after seconds, not minutes: the launch repeats them itself, and the journal loses nothing.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import RunTag
+from mlflow.exceptions import MlflowException
 
-from mlflow import MlflowClient  # noqa: E402  (its environment comes first)
-from mlflow.entities import Metric, Param  # noqa: E402
-from mlflow.exceptions import MlflowException  # noqa: E402
+from orchestrator import ledger, tracking
+from orchestrator.ledger import FINAL, Store, Tail, mlflow_file
+from orchestrator.provenance import provenance
+from orchestrator.tracking import entry
+from orchestrator.tracking.client import (
+    BATCH_PARAMS,
+    NAME,
+    TAG_VALUE,
+    TrackerError,
+    connect,
+    cut,
+    cut_values,
+    params_of,
+    plainly,
+    search,
+    usable,
+)
+from orchestrator.tracking.client import create_database as _create_database
+from orchestrator.tracking.database import default_uri, file_of, lock_of
+from orchestrator.tracking.points import milliseconds, send_points
+from workers.lease import process
+from workers.recorder import METRICS
+from workers.store import TrialFolder, sound_record
 
-from orchestrator import tracking  # noqa: E402
-from orchestrator.errors import UserError  # noqa: E402
-from orchestrator.ledger import Store, Tail, attempt_file, detail, mlflow_file, state  # noqa: E402
-from orchestrator.provenance import provenance  # noqa: E402
-from workers.recorder import METRICS  # noqa: E402
-from workers.store import TrialFolder, read_json, write_json, write_whole  # noqa: E402
-
-for _logger in ("mlflow", "alembic", "sqlalchemy.engine"):
-    logging.getLogger(_logger).setLevel(logging.ERROR)
-
-BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits per call
-PARAM_VALUE, TAG_VALUE, NAME = 6000, 8000, 250  # ... and per value and name, in characters
-PROBE_SECONDS = 12.0
 STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
+PASS_SECONDS = 5.0
+"""A call of `forward` takes about this long at most, then it is the next one's turn."""
+LOCK_SECONDS = 5.0
+TURN_SECONDS, GAP_SECONDS = 2.0, 0.15
+"""Long work under the lock is done in turns, with gaps in which another launch gets it."""
 
 
-def default_uri(store: Store) -> str:
-    """The database in the store."""
-    return f"sqlite:///{store.root / 'mlflow.db'}"
-
-
-def probe(uri: str) -> None:
-    """Raises UserError when no MLflow answers at `uri`, within PROBE_SECONDS. Writes nothing."""
-    if uri.startswith("sqlite"):
-        _probe_sqlite(uri)
-        return
-    answer: list[BaseException | None] = []
-
-    def ask() -> None:
-        try:
-            with _patience(retries=0, seconds=8):
-                MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
-            answer.append(None)
-        except Exception as error:
-            answer.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    reason = answer[0] if answer else f"no answer in {PROBE_SECONDS:.0f} s"
-    if reason is not None:
-        shown = _without_password(uri)
-        raise UserError(f"tracking.uri={shown!r} has no MLflow that answers ({_brief(reason)}); {tracking.FIX}")
-
-
-def _probe_sqlite(uri: str) -> None:
-    path = _database(uri)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"tracking.uri={uri!r}: cannot write {path}, or its folder does not exist; {tracking.FIX}")
-
-
-def _database(uri: str) -> Path:
-    """The file that an sqlite URI names."""
-    return Path(re.sub(r"^sqlite(\+\w+)?:///", "", uri).partition("?")[0]).absolute()
-
-
-def _create_database(uri: str) -> None:
-    """Make a new database under a temporary name and move it in place.
-
-    MLflow runs all its migrations for it, some seconds; a file that a kill leaves half-way never opens again.
-    """
-    if not (path := _database(uri)).exists():
-        write_whole(path, _migrate)
-
-
-def _migrate(path: Path) -> None:
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments(max_results=1)
-
-
-class _patience:
-    """How long a call to a server may take, for the calls inside the block."""
-
-    def __init__(self, *, retries: int, seconds: int) -> None:
-        self.values = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries), "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
-
-    def __enter__(self) -> None:
-        self.before = {name: os.environ.get(name) for name in self.values}
-        os.environ.update(self.values)
-
-    def __exit__(self, *_: object) -> None:
-        for name, value in self.before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+class Busy(TrackerError):
+    """Another launch has the lock."""
 
 
 class MlflowView:
-    """The runs of one sweep. Use from one thread at a time; every method may raise when MLflow is down."""
+    """The runs of one sweep. Use from one thread at a time; every method may raise when MLflow is down, and goes on
+    where it stopped when it is called again."""
 
     def __init__(
-        self, uri: str | None, store: Store, plan: Mapping[str, Any], *, experiment: str = tracking.EXPERIMENT
+        self,
+        uri: str | None,
+        store: Store,
+        plan: Mapping[str, Any],
+        *,
+        experiment: str = tracking.EXPERIMENT,
+        launching: bool = True,
+        verify: bool = False,
     ) -> None:
-        self.store, self.plan, self.experiment = store, plan, experiment
-        self.uri = uri or default_uri(store)
-        self.place = _without_password(uri) if uri else "store"  # the key in mlflow.json; survives moving the store
+        """`launching`: trials that are not done are about to run. `verify`: ask MLflow for every run that the store
+        remembers, instead of only where the sweep's own is gone."""
+        self.store, self.plan, self.experiment, self.launching = store, plan, experiment, launching
+        self.uri, self.place = uri or default_uri(store), tracking.place_of(uri)
         self.sweep = store.sweep(plan["sweep"])
-        self.local = self.uri.startswith("sqlite")
+        self.server = tracking.is_server(self.uri)
         self.client: MlflowClient | None = None
         self.trials: dict[str, _TrialRun] = {}
         self.parent = ""
         self.experiment_id = ""
+        self.points = 0
+        """As many were sent by this view."""
+        self._lock_file = FileLock(lock_of(self.uri, store))
+        self._verify = verify
+        self._opening = 0
+        self._since: int | None = None
+        """Runs created since then may be there without an entry in the store: they are searched for."""
+        self._cells = {cell["key"]: cell["label"] for cell in plan["cells"]}
+        self._states: dict[str, str] = {}
+        self._unopened: deque[str] = deque()
+        self._active: deque[str] = deque()
+        """The trials that MLflow does not have whole."""
 
     @property
     def keys(self) -> list[str]:
-        return list(dict.fromkeys(cell["key"] for cell in self.plan["cells"]))
+        return list(self._cells)
 
-    def open(self) -> None:
-        """Create what is missing: experiment, parent run, a child run per trial; those to come are SCHEDULED."""
-        if self.client is None:
-            if self.local:
-                _create_database(self.uri)
-            self.client = MlflowClient(tracking_uri=self.uri)
-        self.experiment_id = self._open_experiment(self.client)
-        self.parent = self._open_parent(self.client)
-        lost = self._lost_runs(self.client)
-        labels = {cell["key"]: cell["label"] for cell in self.plan["cells"]}
-        for key in self.keys:
-            run = _TrialRun(self.client, self.store.trial(key), key, self.place)
-            tags = self._tags() | {"trial.key": key, "mlflow.parentRunId": self.parent}
-            run.open(self.experiment_id, labels[key], self.plan["specs"][key], tags, lost.get(key))
-            run.client.set_tag(run.run_id, f"sweep.{self.plan['sweep']}"[:NAME], "cell")
-            run.status(STATUS.get(state(run.folder), "SCHEDULED"))
-            self.trials[key] = run
-        self.client.set_tag(self.parent, "mlflow.note.content", self._note())
+    def open(self, seconds: float = entry.FOREVER) -> None:
+        """Create what is missing: experiment, parent run, a child run per trial; those to come are SCHEDULED. Returns
+        after about `seconds`; called again, it goes on."""
+        with plainly():
+            if not self.parent:
+                with self._lock():
+                    self._begin()
+            if self._unopened:
+                self._open_trials(time.monotonic() + seconds)
 
     def forward(self) -> int:
-        """Send what was journaled since the last call and note who started; the number of points sent."""
-        return sum(run.forward() for run in self.trials.values())
+        """Send what was journaled since the last call, note who started, close who ended; the number of points sent.
+        Nothing when another launch is writing to the database: there is a next time."""
+        before = self.points
+        with plainly(), contextlib.suppress(Busy):
+            self.open(PASS_SECONDS)
+            until = time.monotonic() + PASS_SECONDS
+            with self._writing():
+                for key in tuple(self._active):
+                    self._forward_trial(key, until)
+                    if time.monotonic() > until:
+                        self._active.rotate(-1)
+                        break
+        return self.points - before
 
     def close(self, states: Mapping[str, str], *, interrupted: bool = False) -> None:
         """Send the rest, the results' files, and the final status of every trial in `states` and of the sweep."""
-        assert self.client is not None, "open() first"
-        for key, run in self.trials.items():
-            run.forward()
-            run.finish(states.get(key, "new"))
-        worst = "FINISHED" if all(states.get(key) == "done" for key in self.keys) else "FAILED"
-        self.client.set_terminated(self.parent, "KILLED" if interrupted else worst)
+        self.open()
+        others = _others(self.store)
+        with plainly():
+            self._in_turns(
+                deque(key for key, run in self.trials.items() if not run.is_whole(states.get(key, "new"))),
+                lambda key: self._close_trial(key, states.get(key, "new"), others),
+                entry.FOREVER,
+                self._writing,
+            )
+            with self._writing():
+                self._close_parent(states, interrupted, others)
 
     def log_report(self, folder: Path) -> None:
         """Attach the comparison to the sweep's run."""
-        assert self.client is not None, "open() first"
-        self.client.log_artifacts(self.parent, str(folder), "report")
+        self.open(0.0)
+        assert self.client is not None
+        with plainly(), self._writing():
+            self.client.log_artifacts(self.parent, str(folder), "report")
+
+    # ---- one writer
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self._lock_file.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise Busy("another launch is writing to it") from None
+        try:
+            _create_database(self.uri)
+            yield
+        finally:
+            self._lock_file.release()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        """A server has many writers, a database one."""
+        return contextlib.nullcontext() if self.server else self._lock()
+
+    @staticmethod
+    def _in_turns(
+        todo: deque[str],
+        act: Callable[[str], None],
+        until: float,
+        lock: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """Act on the keys under the lock, at least one a turn, and let others have it in between."""
+        while todo:
+            with lock():
+                turn = min(until, time.monotonic() + TURN_SECONDS)
+                while todo:
+                    act(todo[0])
+                    todo.popleft()
+                    if time.monotonic() > turn:
+                        break
+            if time.monotonic() > until:
+                return
+            if todo:
+                time.sleep(GAP_SECONDS)
+
+    # ---- opening
+
+    def _begin(self) -> None:
+        self.client = connect(self.uri)
+        self.experiment_id = self._open_experiment(self.client)
+        self.parent = self._open_parent(self.client)
+        self._states = ledger.survey(self.store, self.keys)
+        self._unopened, self._active = deque(self.keys), deque()
 
     def _open_experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self.experiment)
@@ -182,7 +207,7 @@ class MlflowView:
         if found is not None:
             experiment = str(found.experiment_id)
         else:
-            location = (self.store.root / "mlartifacts").as_uri() if self.local else None
+            location = None if file_of(self.uri) is None else (self.store.root / "mlartifacts").as_uri()
             experiment = str(client.create_experiment(self.experiment, artifact_location=location))
         if found is None or found.tags.get("mlflow.note.content") != metric_note():
             client.set_experiment_tag(experiment, "mlflow.note.content", metric_note())
@@ -190,106 +215,238 @@ class MlflowView:
         return experiment
 
     def _open_parent(self, client: MlflowClient) -> str:
-        entry = _entry(self.sweep.mlflow, self.place)
-        run_id = entry.get("run_id", "")
-        if not _usable(client, run_id):
-            run = client.create_run(self.experiment_id, run_name=self.plan["sweep"], tags=self._tags())
+        """The sweep's run, and since when its trials' runs are being created: whoever dies while they are leaves
+        "opening" behind, and then each of them is searched for before it is created."""
+        path, known = self.sweep.mlflow, entry.read(self.sweep.mlflow, self.place)
+        self._since = known.get("opening")
+        self._opening = self._since or _now()
+        run_id = known.get("run_id")
+        if not usable(client, run_id):
+            self._verify = True
+            run_id = self._search_parent(client) if self._since or entry.is_damaged(path) else None
+            entry.replace(path, self.place, {"opening": self._opening})
+        if run_id is None:
+            run = client.create_run(self.experiment_id, run_name=self.plan["sweep"], tags=self._tags)
             run_id = run.info.run_id
             axes = {f"axis.{name}": ", ".join(map(str, values)) for name, values in self.plan["axes"].items()}
-            client.log_batch(run_id, params=_params(axes))
-            _save(self.sweep.mlflow, self.place, {"experiment_id": self.experiment_id, "run_id": run_id})
+            client.log_batch(run_id, params=params_of(axes))
+        entry.update(path, self.place, experiment_id=self.experiment_id, run_id=run_id, opening=self._opening)
         client.update_run(run_id, status="RUNNING")
-        return run_id
+        return str(run_id)
 
+    def _search_parent(self, client: MlflowClient) -> str | None:
+        name = self.plan["sweep"].replace("'", "")
+        condition = f"tags.sweep = '{name}' and attributes.run_name = '{name}' and {self._ours}"
+        runs = (run for run in search(client, [self.experiment_id], condition) if "trial.key" not in run.data.tags)
+        return next((str(run.info.run_id) for run in runs), None)
+
+    @functools.cached_property
+    def _ours(self) -> str:
+        return f"tags.`store.id` = '{self.store.id}'"
+
+    @functools.cached_property
     def _tags(self) -> dict[str, str]:
         tags = {"sweep": self.plan["sweep"], "store.id": self.store.id, "mlflow.source.name": "pift", **provenance()}
         try:
-            tags["mlflow.user"] = getpass.getuser()
+            return tags | {"mlflow.user": getpass.getuser()}
         except (KeyError, OSError):
-            tags["mlflow.user"] = "unknown"
-        return tags
+            return tags | {"mlflow.user": "unknown"}
 
-    def _lost_runs(self, client: MlflowClient) -> dict[str, str]:
-        """Runs of trials that have a journal but lost their mlflow.json: {key: run id}, by this store's tags.
+    def _open_trials(self, until: float = entry.FOREVER) -> None:
+        """Open those that are not open yet; when all are, say so and link them."""
+        assert self.client is not None
+        try:
+            self._in_turns(self._unopened, self._open_trial, until, self._lock)
+        except Exception:
+            self._since = self._opening  # a call that failed here may have been done there
+            raise
+        if not self._unopened:
+            entry.update(self.sweep.mlflow, self.place, opening=None)
+            with self._writing():
+                self.client.set_tag(self.parent, "mlflow.note.content", self._note())
 
-        Without a journal the trial begins anew (its folder was removed) and so does its run: new measurements
-        have new times and would stand as second points beside the old ones.
+    def _open_trial(self, key: str) -> None:
+        """Find or create the run of a trial; no call at all where MLflow has the whole of it."""
+        assert self.client is not None
+        state, sweep = self._states[key], self.plan["sweep"]
+        run = self.trials[key] = _TrialRun(self.client, self.store.trial(key), key, self.place)
+        if run.is_whole(state) and sweep in run.entry.get("sweeps", []) and not self._verify:
+            return
+        if not usable(self.client, run.entry.get("run_id")):
+            found = self._search_trial(run)
+            run.adopt(self.experiment_id, found or self._create(run), sweeps=[] if found else [sweep])
+        run.describe(self.plan["specs"][key], sweep)
+        if state in ("running", "scheduled") or (self.launching and state not in FINAL):
+            run.status("RUNNING" if state == "running" else "SCHEDULED")
+        if not run.is_whole(state):
+            self._active.append(key)
+
+    def _create(self, run: _TrialRun) -> str:
+        assert self.client is not None
+        spec, sweep = self.plan["specs"][run.key], self.plan["sweep"]
+        note = f"Prompt: {spec.get('prompt', '')}\n\n`pift sample {run.key}` draws from this adapter."
+        tags = self._tags | {"trial.key": run.key, "mlflow.parentRunId": self.parent, "mlflow.note.content": note}
+        tags[f"sweep.{sweep}"] = "cell"
+        created = self.client.create_run(self.experiment_id, run_name=self._cells[run.key], tags=cut_values(tags))
+        return str(created.info.run_id)
+
+    def _search_trial(self, run: _TrialRun) -> str | None:
+        """The run of a trial that the store does not remember, by its tags.
+
+        A trial that has neither mlflow.json nor a journal begins anew (its folder was removed) and so does its run: new
+        measurements have new times and would stand as second points beside the old ones. Unless the run is as new, of
+        a launch that died before it could note it.
         """
-        folders = {key: self.store.trial(key) for key in self.keys}
-        lost = [
-            key
-            for key, folder in folders.items()
-            if folder.journal.exists() and "run_id" not in _entry(mlflow_file(folder), self.place)
-        ]
-        if not lost:
-            return {}
-        found: dict[str, str] = {}
-        token: str | None = None
-        while True:
-            page = client.search_runs([self.experiment_id], f"tags.`store.id` = '{self.store.id}'", page_token=token)
-            for run in page:
-                if run.data.tags.get("trial.key") in lost:
-                    found.setdefault(run.data.tags["trial.key"], run.info.run_id)  # newest first
-            token = page.token
-            if not token:
-                return found
+        assert self.client is not None
+        forgot = run.journal_size > 0 or entry.is_damaged(mlflow_file(run.folder))
+        if not forgot and self._since is None:
+            return None
+        condition = f"tags.`trial.key` = '{run.key}' and {self._ours}"
+        for found in search(self.client, [self.experiment_id], condition):
+            if forgot or found.info.start_time >= self._since:
+                return str(found.info.run_id)
+        return None
 
     def _note(self) -> str:
-        """The sweep's description: its cells with links, then what each metric means."""
+        """The sweep's description: its cells with links, as many as fit, then what each metric means."""
         name = self.plan["sweep"]
-        lines = [f"Sweep `{name}`: {len(self.keys)} trials. Filter: ``tags.`sweep.{name}` = 'cell'``", ""]
-        for cell in self.plan["cells"]:
-            link = f"#/experiments/{self.experiment_id}/runs/{self.trials[cell['key']].run_id}"
-            lines.append(f"- [{cell['label']}]({link})")
-        return _cut("\n".join([*lines, "", metric_note()]), TAG_VALUE)
+        head = f"Sweep `{name}`: {len(self.keys)} trials. Filter: ``tags.`sweep.{name}` = 'cell'``\n\n"
+        room = TAG_VALUE - len(head) - len(metric_note()) - len("- ... and 1000000 more\n\n")
+        lines: list[str] = []
+        for key, label in self._cells.items():
+            line = f"- [{label}](#/experiments/{self.experiment_id}/runs/{self.trials[key].run_id})\n"
+            if (room := room - len(line)) < 0:
+                lines.append(f"- ... and {len(self.keys) - len(lines)} more\n")
+                break
+            lines.append(line)
+        return cut(f"{head}{''.join(lines)}\n{metric_note()}", TAG_VALUE)
+
+    # ---- at work
+
+    def _forward_trial(self, key: str, until: float) -> None:
+        run = self.trials[key]
+        if run.has_begun():
+            self._healing(key, lambda run: self._advance(run, ledger.state(run.folder), until))
+
+    def _advance(self, run: _TrialRun, state: str, until: float) -> None:
+        if state == "running":
+            run.status("RUNNING")
+        if not (self.server and state == "running"):  # a trial at work sends to a server itself
+            self.points += run.send(until)
+        run.send_pictures(until)
+        if state in FINAL and time.monotonic() <= until:
+            run.finish(state, self.plan["specs"][run.key])
+            self._drop(run.key)
+
+    def _drop(self, key: str) -> None:
+        with contextlib.suppress(ValueError):
+            self._active.remove(key)
+
+    def _healing(self, key: str, act: Callable[[_TrialRun], None]) -> None:
+        """Act on a trial's run; where it is gone (deleted, or the database was), make it anew first."""
+        assert self.client is not None
+        try:
+            act(self.trials[key])
+        except MlflowException:
+            if usable(self.client, self.trials[key].run_id):
+                raise
+            if not usable(self.client, self.parent):
+                with self._lock():
+                    self._begin()
+                self._open_trials()
+            else:
+                self._drop(key)
+                with self._lock():
+                    self._open_trial(key)
+            act(self.trials[key])
+
+    # ---- closing
+
+    def _close_trial(self, key: str, state: str, others: Mapping[str, Any]) -> None:
+        if state in ("running", "scheduled") and self._is_elsewhere(key, state, others):
+            return
+        self._healing(key, lambda run: self._finish(run, state))
+
+    def _finish(self, run: _TrialRun, state: str) -> None:
+        self.points += run.send()
+        run.send_pictures()
+        run.finish(state, self.plan["specs"][run.key])
+
+    def _is_elsewhere(self, key: str, state: str, others: Mapping[str, Any]) -> bool:
+        """Whether another launch (or a person, by hand) runs this trial, and will close it."""
+        if state == "scheduled":
+            return any(key in sound_record(self.store.queue(name)).get("keys", []) for name in others)
+        attempt = ledger.last_attempt(self.store.trial(key))
+        launch = None if attempt is None else attempt.content.get("launch")
+        return launch is None or launch in others
+
+    def _close_parent(self, states: Mapping[str, str], interrupted: bool, others: Mapping[str, Any]) -> None:
+        assert self.client is not None
+        if not usable(self.client, self.parent):
+            self.parent = self._open_parent(self.client)
+        found = [states.get(key, "new") for key in self.keys]
+        if set(found) <= {"done"}:
+            status = "FINISHED"
+        elif any(record.get("sweep") == self.plan["sweep"] for record in others.values()):
+            return
+        else:
+            status = "FAILED" if set(found) & {"failed", "diverged"} and not interrupted else "KILLED"
+        self.client.set_terminated(self.parent, status)
 
 
 class _TrialRun:
-    """One trial's run: what it is called, how much of the journal it has, and its status."""
+    """One trial's run: how much MLflow has of it, and its status."""
 
     def __init__(self, client: MlflowClient, folder: TrialFolder, key: str, place: str) -> None:
         self.client, self.folder, self.key, self.place = client, folder, key, place
-        self.entry = _entry(mlflow_file(folder), place)
-        self.shown: str | None = None
+        self.entry = entry.read(mlflow_file(folder), place)
+        self.shown: str | None = self.entry.get("closed")
+        self._pictures: Tail | None = None
 
     @property
     def run_id(self) -> str:
         return str(self.entry["run_id"])
 
-    def open(
-        self, experiment: str, label: str, spec: Mapping[str, Any], tags: Mapping[str, str], lost: str | None
-    ) -> None:
-        """Find this trial's run, or create it. The cursor of a run that is gone starts again at zero."""
-        known = self.entry.get("run_id") or lost or ""
-        if not _usable(self.client, known):
-            note = f"Prompt: {spec.get('prompt', '')}\n\n`pift sample {self.key}` draws from this adapter."
-            tags = _cut_values({**tags, "mlflow.note.content": note})
-            run = self.client.create_run(experiment, run_name=label, tags=tags)
-            known = run.info.run_id
-        if known != self.entry.get("run_id"):
-            self.entry = {"experiment_id": experiment, "run_id": known, "offset": 0}
-            self._save()
-        if not self.entry.get("params"):
-            self._log_params(spec)
-            self.entry["params"] = True
-            self._save()
+    @property
+    def journal_size(self) -> int:
+        return entry.size(self.folder.journal)
 
-    def forward(self) -> int:
-        """Send the journal's new records in batches; the cursor follows each batch."""
-        beat, points = read_json(self.folder.running), 0
-        if beat is not None and state(self.folder) == "running":
-            self.status("RUNNING")
-        tail = Tail(self.folder.journal, int(self.entry.get("offset", 0)))
-        for records, offset in _batches(tail):
-            metrics = [metric for record in records for metric in _metrics(record)]
-            for start in range(0, len(metrics), BATCH_METRICS):
-                self.client.log_batch(self.run_id, metrics=metrics[start : start + BATCH_METRICS])
-            for record in records:
-                self._log_pictures(record)
-            self.entry["offset"] = offset
-            self._save()
-            points += len(metrics)
-        return points
+    def is_whole(self, state: str) -> bool:
+        """Whether MLflow has all of a finished trial."""
+        return (
+            state in FINAL
+            and self.entry.get("closed") == STATUS[state]
+            and self.entry.get("size") == self.journal_size
+            and bool(self.entry.get("params"))
+        )
+
+    def has_begun(self) -> bool:
+        """Whether there may be anything to say of it."""
+        return self.journal_size > 0 or self.folder.attempts.exists() or self.folder.failed.exists()
+
+    def adopt(self, experiment: str, run_id: str, sweeps: Sequence[str]) -> None:
+        """Take a run as this trial's, which says that it belongs to these sweeps; it is sent everything."""
+        self.entry = {"experiment_id": experiment, "run_id": run_id, "offset": 0, "sweeps": list(sweeps)}
+        self.shown = self._pictures = None
+        entry.replace(mlflow_file(self.folder), self.place, self.entry)
+
+    def describe(self, spec: Mapping[str, Any], sweep: str) -> None:
+        """Its parameters, and that it belongs to a sweep; what it said before is not said again."""
+        sweeps = list(self.entry.get("sweeps", []))
+        tags = [] if sweep in sweeps else [RunTag(f"sweep.{sweep}"[:NAME], "cell")]
+        params = [] if self.entry.get("params") else params_of(flatten(spec))
+        if not tags and not params:
+            return
+        try:
+            self.client.log_batch(self.run_id, tags=tags, params=params[:BATCH_PARAMS])
+            for start in range(BATCH_PARAMS, len(params), BATCH_PARAMS):
+                self.client.log_batch(self.run_id, params=params[start : start + BATCH_PARAMS])
+        except MlflowException as error:
+            # a run found again keeps its first values of what is not part of the identity (eval.every, ...)
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            self.client.log_batch(self.run_id, tags=tags)
+        self._note(params=True, sweeps=sorted({*sweeps, sweep}))
 
     def status(self, status: str) -> None:
         """Set the run's status where it differs from what was set last."""
@@ -299,67 +456,93 @@ class _TrialRun:
             self.client.set_terminated(self.run_id, status)
         else:
             self.client.update_run(self.run_id, status=status)
+            if self.entry.get("closed"):
+                self._note(closed=None)
         self.shown = status
 
-    def finish(self, state_now: str) -> None:
-        """The files of a finished trial, the reason of a failed one, and the last status."""
-        if state_now == "running":  # at work in another launch, which will close it
+    def send(self, until: float = entry.FOREVER) -> int:
+        """The journal's points that MLflow does not have."""
+        if self.journal_size == entry.cursor(self.entry)[0]:
+            return 0
+        points = send_points(self.client, self.folder, self.place, until)
+        self.entry = entry.read(mlflow_file(self.folder), self.place) or self.entry
+        return points
+
+    def send_pictures(self, until: float = entry.FOREVER) -> None:
+        """The evaluation strips that MLflow does not have."""
+        if self._pictures is None:
+            self._pictures = Tail(self.folder.journal, step=int(self.entry.get("pictures", -1)))
+        if self.journal_size == self._pictures.offset:
             return
-        if state_now == "done" and not self.entry.get("artifacts"):
-            self._log_files()
-        if state_now in ("failed", "diverged"):
-            found = detail(self.folder)
-            for name in ("class", "message"):
-                self.client.set_tag(self.run_id, f"failure.{name}", _cut(str(found[name]), TAG_VALUE))
-        attempt = (read_json(attempt_file(self.folder)) or {}).get("attempt")
-        if attempt and attempt != self.entry.get("attempt"):
-            self.client.set_tag(self.run_id, "trial.attempt", str(attempt))
-            self.entry["attempt"] = attempt
-        self.status(STATUS.get(state_now, "KILLED"))
-        self._save()
+        while time.monotonic() <= until and (found := self._pictures.read()):
+            for record, _ in found:
+                if record.get("pictures") and (self.folder.root / record["pictures"]).exists():
+                    self._send_picture(record)
+                    self._note(pictures=int(record["step"]))
 
-    def _log_files(self) -> None:
-        if self.folder.adapter.is_dir():
-            self.client.log_artifacts(self.run_id, str(self.folder.adapter), "adapter")
-        for path in (self.folder.spec, self.folder.done):
-            if path.exists():
-                self.client.log_artifact(self.run_id, str(path))
-        self.entry["artifacts"] = True
-
-    def _log_pictures(self, record: Mapping[str, Any]) -> None:
-        """The evaluation strip, under the name that the UI's image grid looks for (see MlflowClient.log_image).
+    def _send_picture(self, record: Mapping[str, Any]) -> None:
+        """One strip, under the name that the UI's image grid looks for (see MlflowClient.log_image).
 
         That call names each file at random and may be asynchronous; here the name follows from trial and step,
         so that sending again replaces the file.
         """
-        if not record.get("pictures") or not (source := self.folder.root / record["pictures"]).exists():
-            return
         from PIL import Image
 
         name = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.key}/{record['step']}")
-        stem = f"samples+step+{record['step']}+timestamp+{_milliseconds(record)}+{name}"
-        with tempfile.TemporaryDirectory() as temporary, Image.open(source) as picture:
+        stem = f"samples+step+{record['step']}+timestamp+{milliseconds(record)}+{name}"
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            Image.open(self.folder.root / record["pictures"]) as picture,
+        ):
             picture.save(Path(temporary) / f"{stem}.png")
             small = picture.copy()
             small.thumbnail((1024, 1024))
             small.save(Path(temporary) / f"{stem}+compressed.webp", quality=90)
             self.client.log_artifacts(self.run_id, temporary, "images")
-        if not self.entry.get("images"):
+        if "pictures" not in self.entry:
             self.client.set_tag(self.run_id, "mlflow.loggedImages", "True")
-            self.entry["images"] = True
 
-    def _log_params(self, spec: Mapping[str, Any]) -> None:
-        params = _params(flatten(spec))
-        for start in range(0, len(params), BATCH_PARAMS):
-            try:
-                self.client.log_batch(self.run_id, params=params[start : start + BATCH_PARAMS])
-            except MlflowException as error:
-                # a run found again keeps its first values of what is not part of the identity (eval.every, ...)
-                if error.error_code != "INVALID_PARAMETER_VALUE":
-                    raise
+    def finish(self, state: str, spec: Mapping[str, Any]) -> None:
+        """The files of a finished trial, the reason of a failed one, how it went, and the last status."""
+        if self.is_whole(state):
+            return
+        if state == "done" and not self.entry.get("artifacts"):
+            self._send_files()
+        tags = self._summary(state, spec)
+        if tags != self.entry.get("tags", {}):
+            for name in set(self.entry.get("tags", {})) - set(tags):
+                self.client.delete_tag(self.run_id, name)
+            self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.status(STATUS.get(state, "KILLED"))
+        self._note(tags=tags, closed=self.shown, size=self.journal_size)
 
-    def _save(self) -> None:
-        _save(mlflow_file(self.folder), self.place, self.entry)
+    def _summary(self, state: str, spec: Mapping[str, Any]) -> dict[str, str]:
+        """The tags that say how a trial went."""
+        attempt = ledger.last_attempt(self.folder)
+        content = {} if attempt is None else attempt.content
+        done = sound_record(self.folder.done) if state == "done" else content
+        tags = {}
+        if number := content.get("attempt"):
+            tags["trial.attempt"] = str(number)
+        if size := done.get("micro_batch"):
+            tags["trial.micro_batch"] = f"{size} ({spec.get('train', {}).get('micro_batch')} did not fit)"
+        if warnings := done.get("warnings"):
+            tags["trial.warnings"] = str(len(warnings))
+        if state in ("failed", "diverged"):
+            failure = ledger.failure_of(self.folder)
+            tags |= {f"failure.{name}": str(failure[name]) for name in ("class", "message")}
+        return cut_values(tags)
+
+    def _send_files(self) -> None:
+        if self.folder.adapter.is_dir():
+            self.client.log_artifacts(self.run_id, str(self.folder.adapter), "adapter")
+        for path in (self.folder.spec, self.folder.done):
+            if path.exists():
+                self.client.log_artifact(self.run_id, str(path))
+        self._note(artifacts=True)
+
+    def _note(self, **values: Any) -> None:
+        self.entry = entry.update(mlflow_file(self.folder), self.place, **values)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -380,81 +563,15 @@ def metric_note() -> str:
     return "\n".join(["**Metrics** (step = completed gradient steps)", "", *lines])
 
 
-def _batches(tail: Tail) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Groups of whole records, at most BATCH_METRICS points (a record alone may have more), and the offset behind."""
-    group: list[dict[str, Any]] = []
-    size = behind = 0
-    while found := tail.read():
-        for record, offset in found:
-            count = len(record.get("metrics", {}))
-            if group and size + count > BATCH_METRICS:
-                yield group, behind
-                group, size = [], 0
-            group.append(record)
-            size, behind = size + count, offset
-    if group:
-        yield group, behind
+def _others(store: Store) -> dict[str, dict[str, Any]]:
+    """The launches at work in other processes."""
+    me = process()
+    same = ("pid", "host", "boot", "born")
+    return {
+        name: record for name, record in store.launches().items() if any(record.get(fact) != me[fact] for fact in same)
+    }
 
 
-def _metrics(record: Mapping[str, Any]) -> list[Metric]:
-    return [
-        Metric(_name(name), float(value), _milliseconds(record), int(record["step"]))
-        for name, value in record.get("metrics", {}).items()
-    ]
-
-
-def _milliseconds(record: Mapping[str, Any]) -> int:
-    return round(float(record["time"]) * 1000)
-
-
-def _params(flat: Mapping[str, str]) -> list[Param]:
-    return [Param(_name(name), _cut(value, PARAM_VALUE)) for name, value in flat.items()]
-
-
-def _name(name: str) -> str:
-    """A name MLflow accepts: letters, digits, _ - . space : and /."""
-    return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)[:NAME]
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _cut_values(tags: Mapping[str, str]) -> dict[str, str]:
-    return {name[:NAME]: _cut(value, TAG_VALUE) for name, value in tags.items()}
-
-
-def _usable(client: MlflowClient, run_id: str) -> bool:
-    """True for a run that exists and is not deleted. Raises when MLflow does not answer."""
-    if not run_id:
-        return False
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
-
-
-def _entry(path: Path, place: str) -> dict[str, Any]:
-    try:
-        return dict((read_json(path) or {}).get(place, {}))
-    except ValueError:
-        return {}
-
-
-def _save(path: Path, place: str, entry: Mapping[str, Any]) -> None:
-    try:
-        content = read_json(path) or {}
-    except ValueError:
-        content = {}
-    write_json(path, content | {place: dict(entry)})
-
-
-def _without_password(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
-def _brief(error: object) -> str:
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text if len(text) < 200 else text[:197] + "..."
+def _now() -> int:
+    """As MLflow counts: milliseconds."""
+    return time.time_ns() // 1_000_000
