@@ -11,7 +11,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quick lint types toyland bench figures lock clean
+.PHONY: help setup demo test quick chaos lint types toyland bench figures lock clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed 's/:[^#]*## /\t/' | while IFS="$$(printf '\t')" read -r name text; do \
@@ -32,6 +32,9 @@ test: $(STAMP) ## every test, a process per core; ARGS="-k name" narrows it down
 
 quick: $(STAMP) ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not ray and not slow and not chaos" $(ARGS)
+
+chaos: $(STAMP) ## the chaos tests, longer: 60 kills, every 64th byte of every file (half an hour)
+	PIFT_CHAOS=full $(BIN)/python -m pytest -m chaos -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workers.lease import Attempt, Folder, Lease, acquire
 from workers.recorder import Journal
 from workers.spec import Evaluation, Lora, Sampler, Train, TrialSpec
-from workers.store import TrialFolder, write_json, write_whole
+from workers.store import TrialFolder, forgive, seal, write_json, write_record, write_whole
 
 TARGET = f"{__name__}.run_trial"
 
@@ -23,10 +23,12 @@ class Outcome:
     state: str
     step: int
     message: str | None = None
+    kind: str | None = None
 
 
 def spec(seed: int = 0, beta: float = 0.1, steps: int = 4, **method: Any) -> TrialSpec:
-    """A spec whose method settings tell the fake trial what to do: fail_at, diverge_at, die_at, seconds (per step)."""
+    """A spec whose method settings tell the fake trial what to do: fail_at, diverge_at, die_at,
+    die_once, bug (the failure's signature), seconds (per step)."""
     component = {"_target_": "nowhere.Nothing", "name": "fake"}
     return TrialSpec(
         prompt="a green rabbit",
@@ -52,37 +54,42 @@ def run_trial(
     device: str = "cpu",
     threads: int = 1,
     should_stop: Callable[[], bool] | None = None,
-    attempt: int = 1,
+    limits: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Journal one record per step, resume from the checkpoint's step, end as the method's settings say."""
     where, method, total = TrialFolder(Path(folder)), spec["method"], spec["train"]["gradient_steps"]
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
+    if where.done.exists():
+        return Outcome("done", total)
+    lease = acquire(Folder(where.attempts), {"step": 0, "steps": total, **(facts or {})})
+    if isinstance(lease, Attempt):
+        return Outcome("elsewhere", 0)
+    forgive(where)
+    write_json(where.spec, spec)
     journal = Journal(where.journal)
-    first = int(where.checkpoint.read_text()) if where.checkpoint.exists() else 0
-    beat = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "started": time.time(),
-        "attempt": attempt,
-        "steps": total,
-    }
-    for step in range(first, total + 1):
-        write_json(where.running, beat | {"beat": time.time(), "step": step})
-        if method.get("die_at") == step:
+    reached = [int(path.stem.removeprefix("step_")) for path in where.checkpoints.glob("*.json")]
+    for step in range(max(reached, default=0), total + 1):
+        lease.note(step=step)
+        if method.get("die_at") == step and (not method.get("die_once") or lease.number == 1):
             os.kill(os.getpid(), signal.SIGKILL)
         for kind, when in (("bug", "fail_at"), ("diverged", "diverge_at")):
             if method.get(when) == step:
-                return _failed(where, kind, step)
+                return _failed(where, kind, step, lease, method.get("bug", where.root.name))
         journal.write(step, _metrics(spec, step), pictures=_picture(where, step) if step % 2 == 0 else None)
         if should_stop is not None and should_stop():
-            where.checkpoint.write_text(str(step))
-            where.running.unlink()
+            write_record(where.checkpoint(step).with_suffix(".json"), {"step": step})
+            lease.end("stopped", step=step)
             return Outcome("stopped", step)
         time.sleep(method.get("seconds", 0))
     where.adapter.mkdir(exist_ok=True)
-    (where.adapter / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    write_json(where.done, {"key": where.root.name, "steps": total, "attempt": attempt, "final": _metrics(spec, total)})
-    where.running.unlink()
+    weights = where.adapter / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(b"weights")
+    names = (where.spec, where.journal, weights)
+    files = {str(path.relative_to(where.root)): seal(path) for path in names}
+    final = {"key": where.root.name, "steps": total, "attempt": lease.number, "final": _metrics(spec, total)}
+    write_record(where.done, final | {"files": files})
+    lease.end("done", step=total)
     return Outcome("done", total)
 
 
@@ -99,8 +106,8 @@ def _picture(where: TrialFolder, step: int) -> str:
     return str(path.relative_to(where.root))
 
 
-def _failed(where: TrialFolder, kind: str, step: int) -> Outcome:
+def _failed(where: TrialFolder, kind: str, step: int, lease: Lease, signature: str) -> Outcome:
     failure = {"key": where.root.name, "class": kind, "message": "asked to fail", "traceback": "", "step": step}
-    write_json(where.failed, failure | {"failed_at": time.time()})
-    where.running.unlink()
-    return Outcome("diverged" if kind == "diverged" else "failed", step, "asked to fail")
+    write_record(where.failed, failure | {"signature": signature, "failed_at": time.time()})
+    lease.end(kind, step=step)
+    return Outcome("diverged" if kind == "diverged" else "failed", step, "asked to fail", kind)

@@ -17,9 +17,14 @@ import itertools
 import json
 import math
 import random
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from workers.lease import process
+from workers.recorder import journal_line
+from workers.store import write_record
 
 START = 1_764_000_000.0
 KNOWN = ("lq", "mixture")
@@ -121,7 +126,7 @@ def fake_store(
         "specs": specs,
         "overrides": [f"sweep={sweep}"],
     }
-    _write(root / "sweeps" / sweep / "plan.json", plan)
+    write_record(root / "sweeps" / sweep / "plan.json", plan)
     return plan
 
 
@@ -134,18 +139,19 @@ def fake_trial(folder: Path, key: str, spec: dict[str, Any], state: str, *, size
     for step in range(last + 1):
         evaluate = step % every == 0 or step == steps
         lines.append(_record(folder, spec, step, rng, evaluate and not (state == "failed" and step == last), size))
-    (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "journal.jsonl").write_bytes(b"".join(journal_line(line) for line in lines))
     if state == "done":
         final, initial = (
             {k: v for k, v in lines[i]["metrics"].items() if k.startswith(("eval/", "budget/"))} for i in (-1, 0)
         )
-        _write(
+        write_record(
             folder / "DONE.json",
             {
                 "key": key,
                 "started_at": START,
                 "finished_at": START + 2 * steps,
                 "seconds": 2.0 * steps,
+                "seconds_per_step": 2.0,
                 "steps": steps,
                 "attempt": 1,
                 "device": "cpu",
@@ -158,25 +164,16 @@ def fake_trial(folder: Path, key: str, spec: dict[str, Any], state: str, *, size
         (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"not weights")
     elif state in MESSAGES:
         kind, message = MESSAGES[state]
-        _write(
+        write_record(
             folder / "FAILED.json",
             {"key": key, "class": kind, "message": message, "traceback": "...", "step": last, "failed_at": START},
         )
     elif state == "running":
-        import os
-        import socket
-        import time
-
-        beat = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "started": time.time() - 60,
-            "beat": time.time() + 3600,
-            "step": last,
-        }
-        _write(folder / "running.json", beat | {"attempt": 1, "steps": steps})
+        now = time.time()
+        beat = {**process(), "attempt": 1, "started": now - 60, "beat": now, "step": last, "steps": steps}
+        write_record(folder / "attempts" / "0001.json", beat)
     else:
-        (folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
+        write_record(folder / "checkpoints" / f"step_{last:06d}.json", {"step": last})
 
 
 def _record(

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import fake_store
+from fakes import fake_store, fake_trial
 
 from orchestrator import cli
+from orchestrator.grid import compose
 
 Output = pytest.CaptureFixture[str]
 
@@ -36,7 +37,7 @@ def test_status_shows_states_steps_and_reasons(store: str, capsys: Output) -> No
 
 def test_status_as_json(store: str, capsys: Output) -> None:
     content = json.loads(run(capsys, "status", "demo", "--store", store, "--json"))
-    assert set(content) == {"sweep", "cells", "counts"} and content["sweep"] == "demo"
+    assert set(content) == {"sweep", "cells", "counts", "launches"} and content["sweep"] == "demo"
     assert content["counts"] == {"done": 2, "failed": 1, "resumable": 1}
     assert {"key", "prompt", "beta", "method", "seed", "state", "step", "steps"} <= set(content["cells"][0])
 
@@ -59,23 +60,35 @@ def test_compare_writes_where_it_says(store: str, capsys: Output, tmp_path: Path
 
 
 def test_plan_shows_what_the_store_knows(tmp_path: Path, capsys: Output) -> None:
-    """A cell with results is done; what was cut off can go on; the rest is new."""
+    """A cell with results is done; what was cut off can go on; planning writes nothing."""
     arguments = ["plan", "sweep=tiny", f"store={tmp_path / 'store'}", "--json"]
     (one, two) = json.loads(run(capsys, *arguments))["cells"]
     assert not (tmp_path / "store").exists()
-    trials = tmp_path / "store" / "trials"
-    for key, name in ((one["key"], "DONE.json"), (two["key"], "checkpoint.pt")):
-        (trials / key).mkdir(parents=True)
-        (trials / key / name).write_text('{"steps": 3}')
+    for cell, spec, state in zip((one, two), compose(["sweep=tiny"]).cells, ("done", "resumable"), strict=True):
+        fake_trial(tmp_path / "store" / "trials" / cell["key"], cell["key"], spec.spec.to_dict(), state, size=8)
+    before = sorted(tmp_path.rglob("*"))
     content = json.loads(run(capsys, *arguments))
-    assert [cell["state"] for cell in content["cells"]] == ["done", "resumable"]
+    assert [(cell["state"], cell["action"]) for cell in content["cells"]] == [
+        ("done", "done"),
+        ("resumable", "continue"),
+    ]
     assert content["counts"] == {"done": 1, "resumable": 1}
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_plan_for_people_names_the_command_that_runs_it(capsys: Output, tmp_path: Path) -> None:
     out = run(capsys, "plan", "sweep=tiny", "prompt='a dog, on the moon'", f"store={tmp_path}/my store")
-    assert "2 cells: 2 new" in out and "a-dog-on-the-moon" in out
+    assert "Plan: 2 to run\n" in out and "a-dog-on-the-moon" in out
     assert f"""pift launch sweep=tiny 'prompt='"'"'a dog, on the moon'"'"'' 'store={tmp_path}/my store'""" in out
+
+
+def test_a_long_plan_is_printed_whole_when_asked(capsys: Output, tmp_path: Path) -> None:
+    """Kills: --all that is not handed on; a dry run that knows no --all."""
+    grid = ["seed=range(0,61)", f"store={tmp_path}/store"]
+    counted, whole = run(capsys, "plan", *grid), run(capsys, "plan", *grid, "--all")
+    assert counted == run(capsys, "launch", "--dry-run", *grid)
+    assert counted.count("\n+ ") == 0 and whole.count("\n+ ") == 61
+    assert "Plan: 61 to run" in counted and "Plan: 61 to run" in whole
 
 
 def test_launch_hands_the_plan_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -154,7 +154,8 @@ def test_a_sweep_that_the_store_does_not_hold(capsys: pytest.CaptureFixture[str]
     write(tmp_path / "store" / "sweeps" / "demo" / "plan.json", '{"axes": {}, "cells": []}')
     assert "did you mean demo?" in refused(["status", "dmo", "--store", str(tmp_path / "store")], capsys)
     write(tmp_path / "store" / "sweeps" / "demo" / "plan.json", "{")
-    assert "is not a plan" in refused(["status", "--store", str(tmp_path / "store")], capsys)
+    said = refused(["status", "--store", str(tmp_path / "store")], capsys)
+    assert "plan.json is damaged" in said and "given again, writes it anew" in said
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

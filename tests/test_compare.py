@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from dataclasses import replace
@@ -22,7 +21,8 @@ from orchestrator.compare.statistics import estimate, paired, t_interval, t_quan
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
 from orchestrator.sample import sample
-from workers.recorder import METRICS, read_journal
+from workers.recorder import METRICS, journal_line, read_journal
+from workers.store import write_record
 
 PROMPTS = {"counting": "Four wolves in the park", "odd": 'A <b>cat</b> & "a dog"'}
 STATES = {
@@ -196,7 +196,7 @@ def test_an_axis_that_the_prompt_decides_is_no_variant(tmp_path: Path) -> None:
     one, two = plan["cells"]
     one["beta"] = 0.5
     cells = [{**(one if model == "lq" else two), "model": model, "method.estimator": way} for model, way in ways]
-    (tmp_path / "sweeps/demo/plan.json").write_text(json.dumps(plan | {"cells": cells}))
+    write_record(tmp_path / "sweeps/demo/plan.json", plan | {"cells": cells})
     sweep = frame.load(Store(tmp_path), "demo")
     assert [cell.variant for cell in sweep.cells] == [f"pi_ft estimator={way}" for _, way in ways]
     assert figures.shown(sweep, sweep.prompts["mixture"]) == ({0: "pi_ft estimator=pathwise"}, {0: "β 0.1"})
@@ -448,7 +448,7 @@ def test_an_interval_of_hundreds_of_decades_is_drawn(tmp_path: Path) -> None:
         lines = [{**line, "metrics": {**line["metrics"], "theory/gap": 1e3}} for line in journal(store, cell.key)]
         lines[-1]["metrics"]["theory/gap"] = gap
         lines[0]["metrics"]["theory/gap"] = gap * 10
-        store.trial(cell.key).journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        store.trial(cell.key).journal.write_bytes(b"".join(map(journal_line, lines)))
     (curve,) = panel(store, "counting", "gap_steps").draw.keywords["lines"]
     assert (curve.low[-1], curve.high[-1]) == (1e-300, 1e300)  # 10^(-31 ± 12.7 * 29)
     assert curve.y[-1] == pytest.approx(1e-31)
@@ -497,7 +497,7 @@ def test_a_seed_at_the_optimum_hides_no_other(tmp_path: Path, second: list[float
         kept = [line for line in journal(store, cell.key) if "samples" in line]
         for line, gap in zip(kept, gaps, strict=True):
             line["metrics"]["theory/gap"] = gap
-        store.trial(cell.key).journal.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        store.trial(cell.key).journal.write_bytes(b"".join(map(journal_line, kept)))
     sweep = frame.load(store, "demo")
     found = figures.curves(sweep, sweep.cells, "step", theory.GAP, log=True)
     assert [list(curve.x) for curve in found] == ([left] if left else [])
@@ -544,7 +544,7 @@ def test_nothing_is_spent_before_the_first_step(tmp_path: Path) -> None:
     (cell,) = frame.load(store, "demo").cells
     kept = journal(store, cell.key)
     del kept[0]["metrics"]["budget/reward_queries"]
-    store.trial(cell.key).journal.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    store.trial(cell.key).journal.write_bytes(b"".join(map(journal_line, kept)))
     (cell,) = frame.load(store, "demo").cells
     assert [cell.spent("budget/reward_queries", step) for step in (0, 1, None)] == [0.0, 10.0, 20.0]
     assert [cell.spent("budget/none", step) for step in (0, 1, None)] == [0.0, None, None]
@@ -658,7 +658,7 @@ def test_exact_evaluations_without_samples_are_a_result(tmp_path: Path) -> None:
         lines = lines if number == 0 else lines[:1] + lines[3:]
         for line in lines:
             line["metrics"] = {k: v for k, v in line["metrics"].items() if k.startswith(("theory", "algorithm_1"))}
-        store.trial(cell.key).journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        store.trial(cell.key).journal.write_bytes(b"".join(map(journal_line, lines)))
     cells = frame.load(store, "demo").cells
     line = verdict.of_cell(cells[0])
     assert line.tone == "up" and re.fullmatch(r"gap 1\.5e\+00 → \d\.\de-\d\d\.", line.text)

@@ -98,6 +98,13 @@ def test_a_sample_of_a_trial(inline: Path, tmp_path: Path, capsys: pytest.Captur
     named = [Path(line) for line in capsys.readouterr().out.splitlines() if line.endswith(".png")]
     assert {path.name for path in named} >= {"base.png", "tuned.png", "side_by_side.png"}
     assert all(path.is_file() for path in named)
+    for at in ("3", "best"):  # the checkpoint of the last step is the adapter that was saved
+        out = tmp_path / at
+        assert main(["sample", key, "--n", "3", "--out", str(out), "--store", str(inline), "--at", at]) == 0
+        assert (out / "base.png").read_bytes() == (tmp_path / "base.png").read_bytes()
+    assert (tmp_path / "3" / "tuned.png").read_bytes() == (tmp_path / "tuned.png").read_bytes()
+    assert main(["sample", key, "--store", str(inline), "--at", "1"]) == 2
+    assert "keeps checkpoints at 2, 3" in capsys.readouterr().err
 
 
 METHOD = '''

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from orchestrator.conf_tree import GROUPS, ConfTree, conf_dir
 from orchestrator.errors import UserError
 from orchestrator.grid import Plan, compose
 from orchestrator.overrides import close, parse
-from workers.spec import Evaluation, Lora, Sampler, Train, TrialSpec
+from workers.spec import Evaluation, Lora, Sampler, SpecError, Train, TrialSpec
 
 SHIPPED = conf_dir()
 FILES = {
@@ -181,6 +182,63 @@ def test_a_methods_setting_goes_to_the_methods_that_have_it(plan: Planner, conf:
     assert "method.lr is not a setting of method=search; climb" in problems(["method=search", "method.lr=2"], conf)
 
 
+def test_budget_and_limits_belong_to_the_sweep(plan: Planner, conf: Path) -> None:
+    """Kills: settings of a sweep file that do not arrive, null refused where it means no limit."""
+    assert plan().config["budget"] == {"hours": None, "trials": None, "deadline": None}
+    text = sweep(conf, "settings: {budget.hours: 3, limits.deaths: 5, budget.deadline: 2026-12-01T08:00}\n")
+    found = plan(text, "limits.kl_nats=null", "limits.reward_seconds=null", "limits.reward_retries=0").config
+    assert found["budget"] == {"hours": 3, "trials": None, "deadline": "2026-12-01T08:00"}
+    assert found["limits"] == {
+        "kl_nats": None, "reward_seconds": None, "reward_retries": 0, "storage_seconds": 300, "deaths": 5,
+    }  # fmt: skip
+    assert plan(text, "budget.hours=null").config["budget"]["hours"] is None
+    zone = "2026-12-01T08:00+01:00"
+    assert plan(f"budget.deadline={zone}").config["budget"]["deadline"] == zone
+    for text, value in (("null", None), ("true", True), ("false", False)):
+        assert plan(f"tracking.required={text}").config["tracking"]["required"] is value
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("budget.hours=0", "budget.hours=0 is out of range"),
+        ("budget.trials=1.5", "budget.trials=1.5 is not a whole number"),
+        (
+            "budget.deadline=soon",
+            "budget.deadline='soon' is no time; write for example budget.deadline=2026-12-01T08:00",
+        ),
+        ("budget=5", "set one of them: budget.hours, budget.trials, budget.deadline"),
+        ("budget.hours=1,2", "budget.hours cannot be an axis"),
+        ("budget.hour=1", "did you mean budget.hours?"),
+        ("limits.kl_nats=0", "limits.kl_nats=0 is out of range"),
+        ("limits.kl_nats=much", "limits.kl_nats='much' is not a finite number (the path KL beyond which"),
+        ("limits.reward_seconds=-1", "limits.reward_seconds=-1 is out of range"),
+        ("limits.reward_retries=null", "limits.reward_retries=None is not a whole number"),
+        ("limits.reward_retries=-1", "limits.reward_retries=-1 is out of range"),
+        ("limits.storage_seconds=null", "limits.storage_seconds=None is not a finite number"),
+        ("limits.deaths=0", "limits.deaths=0 is out of range"),
+        ("limits.deaths=1,2", "limits.deaths cannot be an axis"),
+        ("tracking.required=maybe", "tracking.required=maybe is neither true, false nor null"),
+    ],
+)
+def test_a_bad_budget_or_limit_is_refused(conf: Path, override: str, words: str) -> None:
+    assert words in problems([override], conf)
+
+
+def test_problems_of_budget_and_limits_come_together(conf: Path) -> None:
+    assert (
+        len(problems(["budget.hours=0", "budget.trials=0", "limits.deaths=0", "limits.kl_nats=0"], conf).split("\n"))
+        == 4
+    )
+
+
+def test_a_config_of_an_older_version_is_named(conf: Path) -> None:
+    text = (SHIPPED / "config.yaml").read_text()
+    start, end = text.index("limits:"), text.index("prompt: counting")
+    write(conf / "config.yaml", text[:start] + text[end:])
+    assert problems([], conf) == "conf/config.yaml lacks limits; take the shipped one as the example"
+
+
 def test_the_sweep_can_be_renamed(plan: Planner, conf: Path) -> None:
     assert plan("sweep.name=second_try").sweep == "second_try"
     assert "names a folder" in problems(["sweep.name=../up"], conf)
@@ -222,7 +280,8 @@ def test_keys_ignore_what_does_not_decide_the_numbers(plan: Planner, conf: Path)
         ["train.checkpoint_every=3"], ["eval.every=3"], ["eval.pictures=2"], ["prompts=again", "prompt=renamed"],
         ["prompt='One thing'"], ["executor=ray"], ["resources=gpu"], ["store=elsewhere"], ["tracking.uri=http://h:1"],
         ["sweep.name=other"], ["beta=0.010"], ["sampler.eta=1"], ["lora.alpha=4"],
-        ["method.lr=5e-1"], ["retry_failed=true"],
+        ["method.lr=5e-1"], ["retry_failed=true"], ["budget.hours=2"], ["limits.kl_nats=null"], ["limits.deaths=9"],
+        ["tracking.required=false"],
     ):  # fmt: skip
         assert plan(*same).cells[0].key == key, same
 
@@ -293,6 +352,58 @@ def test_weights_are_hashed_once_per_component(plan: Planner, conf: Path) -> Non
     assert "ends too early" in problems(["model.path=torn"], conf)
 
 
+def test_checks_are_made_once_for_all_seeds(plan: Planner, monkeypatch: Any) -> None:
+    """Kills: a check per cell, and one answer for cells that differ in more than the seed."""
+    asked: list[tuple[float, int]] = []
+
+    def check(spec: TrialSpec) -> list[str]:
+        asked.append((spec.beta, spec.sampler.steps))
+        return []
+
+    monkeypatch.setattr(grid_parts.Model, "check", staticmethod(check))
+    plan("seed=range(0,5)", "beta=1,2", "sampler.steps=6,7")
+    assert sorted(asked) == [(1.0, 6), (1.0, 7), (2.0, 6), (2.0, 7)]
+
+
+def test_a_check_that_fails_does_so_for_every_seed(conf: Path) -> None:
+    """Kills: problems remembered as none."""
+    content = compose(BASE, [conf]).cells[0].spec.to_dict()
+    content["model"]["path"] = "nowhere"
+    checked: dict[str, list[str]] = {}
+    for seed in (0, 1):
+        with pytest.raises(SpecError, match="model.path='nowhere' is not there"):
+            TrialSpec.from_dict(content | {"seed": seed}, checked)
+    assert len(problems(["seed=0,1", "model.path=nowhere"], conf).splitlines()) == 1
+
+
+def test_a_spec_as_a_mapping_is_what_json_would_give_back(plan: Planner, conf: Path) -> None:
+    """Kills: whole-number keys left as they are, tuples for lists, mappings shared with the spec or another cell."""
+    write(
+        conf / "method" / "odd.yaml", "_target_: grid_parts.Search\nname: odd\nat: {10: a, 2: b}\nlist: [1, {3: b}]\n"
+    )
+    first, second = plan("method=odd", "lora.targets=[to_q,to_k]", "seed=0,1").cells
+    content = first.spec.to_dict()
+    assert content == json.loads(json.dumps(dataclasses.asdict(first.spec), default=dict))
+    assert content["method"]["list"] == [1, {"3": "b"}] and content["lora"]["targets"] == ["to_q", "to_k"]
+    before = copy.deepcopy(second.spec.to_dict())
+    content["method"]["at"]["10"] = content["sampler"]["steps"] = None
+    assert second.spec.to_dict() == before and first.spec.key == TrialSpec.from_dict(first.spec.to_dict()).key
+
+
+def test_references_are_followed_in_every_cell(plan: Planner, conf: Path) -> None:
+    """Kills: one cell's value for all, a reference in a file or on the command line left as it is,
+    one to the seed or in it answered for another seed."""
+    linked = FILES["model/plain.yaml"].replace("{steps: 4}", "{eta: '${beta}'}").replace("name: plain", "name: linked")
+    write(conf / "model" / "linked.yaml", linked)
+    assert [cell.spec.sampler.eta for cell in plan("model=linked", "beta=0.5,1").cells] == [0.5, 1.0]
+    found = plan("beta=0.25,0.5", "sampler.eta=${beta}").cells
+    assert [cell.spec.sampler.eta for cell in found] == [0.25, 0.5]
+    found = plan("seed=2,3", "lora.rank=4,5", "train.micro_batch=${lora.rank}").cells
+    assert [(cell.spec.seed, cell.spec.train.micro_batch) for cell in found] == [(2, 4), (2, 5), (3, 4), (3, 5)]
+    assert [cell.spec.lora.rank for cell in plan("seed=2,3", "lora.rank=${seed}").cells] == [2, 3]
+    assert [cell.spec.seed for cell in plan("lora.rank=2,3", "seed=${lora.rank}").cells] == [2, 3]
+
+
 def test_two_sweeps_share_their_equal_cells(plan: Planner, conf: Path) -> None:
     first, second = plan("beta=1,2"), plan(sweep(conf, "axes: {beta: [2, 3]}\n"))
     assert first.cells[1].key == second.cells[0].key
@@ -315,7 +426,7 @@ def test_json_on_stdout_is_json_and_nothing_else(conf: Path, capsys: pytest.Capt
     assert cli.main(["--conf", str(conf), "plan", *BASE, "--json", "beta=1,2"]) == 0
     out, err = capsys.readouterr()
     content = json.loads(out)
-    assert set(content) == {"sweep", "cells", "counts"} and content["counts"] == {"new": 2}
+    assert content["sweep"] == "single" and content["counts"] == {"new": 2}
     assert all(cell["state"] == "new" for cell in content["cells"])
     assert "a library that talks on stdout" in err
 

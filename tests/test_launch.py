@@ -28,7 +28,7 @@ from orchestrator.launch import launch
 from orchestrator.ledger import Store
 from orchestrator.tracking import mlflow_view
 from workers.spec import TrialSpec
-from workers.store import read_json, write_json
+from workers.store import write_record
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +70,17 @@ def runs(store: Path) -> dict[str, Any]:
     return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
 
 
+def attempts(store: Path, *specs: TrialSpec) -> list[int]:
+    return [len(list(Store(store).trial(spec.key).attempts.iterdir())) for spec in specs]
+
+
 def measured(store: Path) -> dict[str, Any]:
     """The content of a store but for clocks: {key: (state, journal)}."""
     found = {}
     for folder in sorted((store / "trials").iterdir()):
         trial = Store(store).trial(folder.name)
         lines = trial.journal.read_text().splitlines() if trial.journal.exists() else []
-        records = [{k: v for k, v in json.loads(line).items() if k != "time"} for line in lines]
+        records = [{k: v for k, v in json.loads(line).items() if k not in ("time", "crc32")} for line in lines]
         found[folder.name] = (ledger.state(trial), records)
     return found
 
@@ -94,7 +98,7 @@ def test_all_done(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[
     assert set(found) == {"tried", *(spec.label for spec in specs)}
     parent = found["tried"].info.run_id
     assert all(found[spec.label].data.tags["mlflow.parentRunId"] == parent for spec in specs)
-    written = read_json(Store(store).sweep("tried").plan)
+    written = Store(store).plan("tried")
     assert [cell["key"] for cell in written["cells"]] == [spec.key for spec in specs]
     assert set(written["specs"]) == {spec.key for spec in specs}
 
@@ -132,17 +136,16 @@ def test_failures_are_left_and_retried_when_asked(tmp_path: Path, database: Path
     assert statuses["tried"] == "FAILED"
 
     assert launch(plan(store, *specs, **config), target=fake.TARGET) == 3
-    assert read_json(ledger.attempt_file(Store(store).trial(specs[0].key))) == {"attempt": 1}
+    assert attempts(store, *specs) == [1, 1, 1]
     assert launch(plan(store, *specs, **config, retry_failed=True), target=fake.TARGET) == 3
-    assert read_json(ledger.attempt_file(Store(store).trial(specs[0].key))) == {"attempt": 2}
-    assert read_json(ledger.attempt_file(Store(store).trial(specs[2].key))) == {"attempt": 1}
-    assert (Store(store).trial(specs[0].key).root / "failures" / "attempt_1.json").exists()
+    assert attempts(store, *specs) == [2, 1, 1]  # what diverged would diverge again
+    assert (Store(store).trial(specs[0].key).root / "failures" / "0001.json").exists()
 
 
 def test_a_target_that_cannot_be_imported_is_a_failed_trial(tmp_path: Path) -> None:
     spec = fake.spec()
     assert launch(plan(tmp_path, spec), target="tests.nowhere.run_trial") == 3
-    assert "nowhere" in read_json(Store(tmp_path).trial(spec.key).failed)["message"]
+    assert "nowhere" in ledger.failure_of(Store(tmp_path).trial(spec.key))["message"]
 
 
 def test_interrupted_and_continued(tmp_path: Path, database: Path) -> None:
@@ -151,7 +154,7 @@ def test_interrupted_and_continued(tmp_path: Path, database: Path) -> None:
     trial = Store(store).trial(specs[0].key)
 
     def interrupt() -> None:
-        while (read_json(trial.running) or {}).get("step", 0) < 3:
+        while (ledger.last_step(trial.journal) or 0) < 3:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -162,23 +165,107 @@ def test_interrupted_and_continued(tmp_path: Path, database: Path) -> None:
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert ledger.state(trial) == "resumable"
-    assert not Store(store).sweep("tried").stop.exists()
+    assert not list((store / "launches").glob("*.stop")) and Store(store).launches() == {}
     assert {run.info.status for run in runs(store).values()} == {"KILLED"}
 
     assert launch(plan(store, *specs, **config), target=fake.TARGET) == 0
     assert [record["step"] for record in measured(store)[specs[0].key][1]] == list(range(61))
-    assert read_json(ledger.attempt_file(trial)) == {"attempt": 2}
+    assert attempts(store, specs[0]) == [2]
     assert {run.info.status for run in runs(store).values()} == {"FINISHED"}
 
 
-def test_a_trial_at_work_elsewhere_is_left_alone(tmp_path: Path, capsys: Any) -> None:
+def test_a_trial_at_work_elsewhere_is_waited_for(tmp_path: Path, capsys: Any) -> None:
+    """Its process is on a machine that cannot be looked at. Kills: running it all the same; giving up on it."""
     spec = fake.spec()
     folder = Store(tmp_path).trial(spec.key)
-    beat = {"pid": 1, "host": "another", "started": 0, "beat": time.time(), "step": 1, "attempt": 1, "steps": 4}
-    write_json(folder.running, beat)
-    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 3
-    assert "running elsewhere" in capsys.readouterr().err
-    assert not folder.journal.exists()
+    there = {"pid": 1, "host": "another", "boot": "another", "attempt": 1, "started": 0.0, "beat": 0.0}
+    write_record(folder.attempts / "0001.json", there)
+
+    def ends() -> None:
+        time.sleep(1.5)
+        assert not folder.journal.exists()
+        write_record(folder.attempts / "0001.json", there | {"ended": 1.0, "how": "stopped"})
+
+    thread = threading.Thread(target=ends)
+    thread.start()
+    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    thread.join()
+    assert attempts(tmp_path, spec) == [2]
+
+
+def test_the_first_two_trials_fail_alike(tmp_path: Path, capsys: Any) -> None:
+    """... and the third is not begun. Kills: going on; stopping after any two failures."""
+    specs = [fake.spec(seed=seed, fail_at=1, bug="same") for seed in range(3)]
+    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 3
+    assert [ledger.state(Store(tmp_path).trial(spec.key)) for spec in specs] == ["failed", "failed", "new"]
+    assert "the first 2 trials failed at the same place (asked to fail); the sweep stops" in capsys.readouterr().err
+    specs = [fake.spec(seed=seed, fail_at=1) for seed in range(3)]  # each at a place of its own
+    assert launch(plan(tmp_path / "other", *specs), target=fake.TARGET) == 3
+    assert attempts(tmp_path / "other", *specs) == [1, 1, 1]
+    specs = [fake.spec(), *(fake.spec(seed=seed, fail_at=1, bug="same") for seed in (1, 2, 3))]  # one works: no bug
+    assert launch(plan(tmp_path / "third", *specs), target=fake.TARGET) == 3
+    assert attempts(tmp_path / "third", *specs) == [1, 1, 1, 1]
+
+
+def test_budgets(tmp_path: Path, capsys: Any) -> None:
+    """Trials: in all launches together. Hours: at work, then a checkpoint. Exit code 4 until the budget is raised."""
+    specs = [fake.spec(seed=seed) for seed in range(3)]
+    for _ in range(2):
+        assert launch(plan(tmp_path, *specs, budget={"trials": 2}), target=fake.TARGET) == 4
+        assert [len(found) for found in measured(tmp_path)] and len(measured(tmp_path)) == 2
+    assert launch(plan(tmp_path, *specs, budget={"trials": 3}), target=fake.TARGET) == 0
+
+    slow = fake.spec(steps=400, seconds=0.02)
+    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
+    assert "budget.hours=0.000277778 are used up" in capsys.readouterr().err
+    assert ledger.state(Store(tmp_path / "hours").trial(slow.key)) == "resumable"
+    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
+    assert attempts(tmp_path / "hours", slow) == [1]
+    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1}), target=fake.TARGET) == 0
+    with pytest.raises(UserError, match="budget.deadline=2020-01-01T00:00 has passed"):
+        launch(plan(tmp_path / "past", slow, budget={"deadline": "2020-01-01T00:00"}), target=fake.TARGET)
+
+
+def test_only_new_cells_run(tmp_path: Path) -> None:
+    """One beta added, one removed, and the same trial in another sweep. Kills: running shared or finished cells again,
+    removing what the new plan no longer has."""
+    low, mid, high = (fake.spec(beta=beta) for beta in (0.1, 0.2, 0.3))
+    assert launch(plan(tmp_path, low, mid), target=fake.TARGET) == 0
+    before = (Store(tmp_path).trial(mid.key).done).read_bytes()
+    assert launch(plan(tmp_path, mid, high), target=fake.TARGET) == 0
+    assert launch(plan(tmp_path, low, high, sweep="another"), target=fake.TARGET) == 0
+    assert attempts(tmp_path, low, mid, high) == [1, 1, 1]
+    assert Store(tmp_path).trial(mid.key).done.read_bytes() == before
+
+
+def test_a_finished_trial_with_a_damaged_file_is_finished_again(tmp_path: Path) -> None:
+    spec = fake.spec()
+    folder = Store(tmp_path).trial(spec.key)
+    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    weights = folder.adapter / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(b"weighty")
+    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    assert weights.read_bytes() == b"weights" and attempts(tmp_path, spec) == [2]
+    assert sorted(path.name for path in (folder.root / "damaged").iterdir()) == [
+        "DONE.json.1", "pytorch_lora_weights.safetensors.1"
+    ]  # fmt: skip
+
+
+def test_two_launches_at_once(tmp_path: Path) -> None:
+    """In one process here, with real processes in test_chaos_kills.py: no trial twice, both end well."""
+    specs = [fake.spec(seed=seed, steps=20, seconds=0.01) for seed in range(4)]
+    codes: list[int] = []
+
+    def one() -> None:
+        codes.append(launch(plan(tmp_path, *specs), target=fake.TARGET))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == [0, 0] and attempts(tmp_path, *specs) == [1, 1, 1, 1]
+    assert all(state == "done" for state, _ in measured(tmp_path).values())
 
 
 class Flaky(tracking.NoView):
@@ -219,6 +306,8 @@ def test_a_dead_tracker_does_not_hide_the_result(tmp_path: Path, monkeypatch: An
         ({"tracking": {"name": "mlflow", "uri": "http://127.0.0.1:9"}}, "tracking.uri='http://127.0.0.1:9'"),
         ({"tracking": {"name": "mlflow", "uri": "nonsense"}}, "tracking.uri='nonsense'"),
         ({"executor": {"name": "slurm"}}, "executor='slurm'"),
+        ({"executor": {"name": "ray", "cpus": 0}}, "executor.cpus=0"),
+        ({"executor": {"name": "ray", "cpus": 1}, "resources": {"cpu": 2}}, "is more than this machine has .cpu=1 "),
         ({"resources": {"cpu": -1}}, "resources.cpu=-1"),
         ({"resources": {"gpu": 1.5}}, "resources.gpu=1.5"),
         ({"resources": {"threads": 0}}, "resources.threads=0"),
@@ -241,17 +330,17 @@ def test_ray_gives_the_same_store(tmp_path: Path, capfd: Any, monkeypatch: Any) 
     (tmp_path / "mine" / "user_trial.py").write_text("from tests.fake_trial import run_trial\n")
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
     specs = [fake.spec(seed=seed, seconds=0.02) for seed in range(3)]
-    specs += [fake.spec(seed=3, fail_at=2), fake.spec(seed=4, die_at=2)]
+    specs += [fake.spec(seed=3, fail_at=2), fake.spec(seed=4, die_at=2), fake.spec(seed=5, die_at=2, die_once=True)]
     assert launch(plan(tmp_path / "ray", *specs, executor="ray"), target="user_trial.run_trial") == 3
     said = capfd.readouterr()
     assert "raylet" not in said.out + said.err and "Traceback" not in said.err
     died = Store(tmp_path / "ray").trial(specs[4].key)
-    assert read_json(died.failed)["class"] == "worker_died"
-    assert not died.running.exists()
+    assert ledger.state(died) == "stale" and attempts(tmp_path / "ray", *specs[4:]) == [4, 2]  # tried again, 3 times
+    assert f"not finished: {specs[4].label}" in said.err
 
     assert launch(plan(tmp_path / "inline", *specs[:4]), target=fake.TARGET) == 3
     by_ray, inline = measured(tmp_path / "ray"), measured(tmp_path / "inline")
-    assert by_ray.pop(specs[4].key)[0] == "failed"
+    assert by_ray.pop(specs[4].key)[0] == "stale" and by_ray.pop(specs[5].key)[0] == "done"
     assert by_ray == inline
     assert "user_trial" not in sys.modules
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +17,24 @@ import torch
 from torch import Tensor
 
 from tests import tiny
+from workers import guard
+from workers.checkpoint import listed
 from workers.evaluate import fixed_noise
 from workers.generators import Generators
+from workers.lease import Folder, newest, process
 from workers.models.diffusion import DiffusionModel
 from workers.recorder import CLOCK_METRICS, METRICS, read_journal
 from workers.run import run_trial
 from workers.spec import Lora, Sampler, TrialSpec
-from workers.store import TrialFolder, read_json
+from workers.store import TrialFolder, read_json, read_record
 
+QUICK = {"reward_retries": 1}
 ADAPTER = "adapter/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PAUSE_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,6 +91,12 @@ def timeless(folder: TrialFolder) -> list[dict]:
     return records
 
 
+def ended(folder: TrialFolder) -> str | None:
+    """How the newest attempt ended."""
+    attempt = newest(Folder(folder.attempts))
+    return None if attempt is None else attempt.content.get("how")
+
+
 def assert_same(one: TrialFolder, two: TrialFolder) -> None:
     assert timeless(one) == timeless(two)
     assert (one.root / ADAPTER).read_bytes() == (two.root / ADAPTER).read_bytes()
@@ -106,12 +120,12 @@ def test_stopped_after_every_step_and_resumed(checkpoint: Path, tmp_path: Path, 
     its Adam, the place in the inner loop, a generator, the budget)."""
     folder = TrialFolder(tmp_path)
     for step in (1, 2, 3):
-        outcome = run_trial(spec(checkpoint, case), tmp_path, should_stop=lambda: True, attempt=step)
+        outcome = run_trial(spec(checkpoint, case), tmp_path, should_stop=lambda: True)
         assert (outcome.state, outcome.step) == ("stopped", step)
-        assert folder.checkpoint.exists() and not folder.done.exists() and not folder.failed.exists()
-        assert not folder.running.exists() and not folder.adapter.exists()
-    assert run_trial(spec(checkpoint, case), tmp_path, should_stop=lambda: True, attempt=4).state == "done"
-    assert read_json(folder.done)["attempt"] == 4
+        assert folder.checkpoint(step).exists() and not folder.done.exists() and not folder.failed.exists()
+        assert ended(folder) == "stopped" and not folder.adapter.exists()
+    assert run_trial(spec(checkpoint, case), tmp_path, should_stop=lambda: True).state == "done"
+    assert read_record(folder.done)["attempt"] == 4
     assert_same(finished(case), folder)
 
 
@@ -131,8 +145,8 @@ def test_a_trial_that_died_repeats_silently_what_was_journaled(
     folder = TrialFolder(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_trial(spec(checkpoint, case), tmp_path, should_stop=die)
-    assert not folder.running.exists() and not folder.done.exists()
-    assert folder.checkpoint.exists() == (died_at == 4)
+    assert ended(folder) == "interrupted" and not folder.done.exists()
+    assert bool(listed(folder)) == (died_at == 4)
     with folder.journal.open("a") as stream:
         stream.write('{"time": 1.0, "step": ')
     assert run_trial(spec(checkpoint, case), tmp_path).state == "done"
@@ -170,7 +184,7 @@ def test_journal_and_done(checkpoint: Path, finished) -> None:
         assert records[0]["metrics"]["budget/reward_queries"] == 0 < records[1]["metrics"]["budget/reward_queries"]
         assert records[4]["metrics"]["eval/kl_path_nats"] > 0
 
-        done = read_json(folder.done)
+        done = read_record(folder.done)
         assert (
             done["key"] == TrialSpec.from_dict(spec(checkpoint, case)).key
             and done["steps"] == 4
@@ -178,35 +192,37 @@ def test_journal_and_done(checkpoint: Path, finished) -> None:
         )
         assert done["initial"] == records[0]["metrics"] and done["final"] == records[-1]["metrics"]
         assert done["finished_at"] >= done["started_at"] and done["seconds"] > 0
-        assert {"spec.json", "journal.jsonl", ADAPTER} <= set(done["files"])
+        assert {"spec.json", "journal.jsonl", ADAPTER, "pictures/step_000004.png"} <= set(done["files"])
         for name, digest in done["files"].items():
-            assert hashlib.sha256((folder.root / name).read_bytes()).hexdigest() == digest
+            content = (folder.root / name).read_bytes()
+            assert digest == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
         assert TrialSpec.from_dict(read_json(folder.spec)).key == done["key"]
-        assert not folder.failed.exists() and not folder.running.exists()
+        assert not folder.failed.exists() and ended(folder) == "done"
         assert not [name for name in folder.root.rglob("*") if name.name.startswith(".")]
 
 
 class Watcher(tiny.Brightness):
-    """Looks at running.json while the trial is at work."""
+    """Looks at the attempt's record while the trial is at work."""
 
     folder: TrialFolder
     seen: list[dict] = []
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self.seen.append(read_json(self.folder.running))
+        self.seen.append(newest(Folder(self.folder.attempts)).content)
         return super().__call__(images, prompts)
 
 
-def test_running_json_is_there_while_a_trial_is_at_work(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_attempt_says_who_works_while_a_trial_is_at_work(checkpoint: Path, tmp_path: Path) -> None:
     Watcher.folder, Watcher.seen = TrialFolder(tmp_path), []
     given = spec(checkpoint, train__gradient_steps=1, judge=None)
     given["reward"] = {"_target_": f"{__name__}.Watcher", "name": "watcher"}
-    assert run_trial(given, tmp_path, attempt=3).state == "done"
+    assert run_trial(given, tmp_path, facts={"sweep": "s", "launch": "l"}).state == "done"
     assert len(Watcher.seen) == 3  # step 0, training, step 1
     for content in Watcher.seen:
-        assert set(content) == {"pid", "host", "started", "beat", "step", "steps", "attempt"}
-        assert content["attempt"] == 3 and content["steps"] == 1 and content["pid"] == os.getpid()
-    assert not Watcher.folder.running.exists()
+        facts = {"attempt": 1, "steps": 1, "from_step": -1, "sweep": "s", "launch": "l"}
+        assert (process() | facts).items() <= content.items()
+        assert "ended" not in content
+    assert ended(Watcher.folder) == "done"
 
 
 # -------------------------------------------------------------------------------------------------------- failures
@@ -227,10 +243,6 @@ def boom() -> float:
     raise RuntimeError("the reward model has a hole")
 
 
-def full_disk() -> float:
-    raise OSError(28, "No space left on device")
-
-
 def no_memory() -> float:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -238,10 +250,9 @@ def no_memory() -> float:
 @pytest.mark.parametrize(
     ("how", "state", "kind", "message"),
     [
-        (lambda: math.nan, "diverged", "diverged", "the reward is not finite"),
-        (boom, "failed", "bug", "RuntimeError: the reward model has a hole"),
-        (full_disk, "failed", "storage", "No space left on device"),
-        (no_memory, "failed", "out_of_memory", "CUDA out of memory"),
+        (lambda: math.nan, "diverged", "diverged", "reward=fails gave nan for picture 0 of 4 (4 such)"),
+        (boom, "failed", "reward", "reward=fails raised RuntimeError: the reward model has a hole 2 times in a row"),
+        (no_memory, "failed", "out_of_memory", "out of memory with train.micro_batch=4 too: CUDA out of memory"),
     ],
 )
 def test_a_failure_is_written_down_with_its_class(
@@ -251,18 +262,19 @@ def test_a_failure_is_written_down_with_its_class(
     given = spec(checkpoint, train__checkpoint_every=1, eval__every=4, judge=None)
     given["reward"] = {"_target_": f"{__name__}.Fails", "name": "fails"}
     folder, Fails.calls, Fails.how = TrialFolder(tmp_path), 0, how
-    outcome = run_trial(given, tmp_path)
+    outcome = run_trial(given, tmp_path, limits=QUICK)
     assert (outcome.state, outcome.step) == (state, 1) and message in outcome.message
-    written = read_json(folder.failed)
-    assert set(written) == {"key", "class", "message", "traceback", "step", "failed_at"}
+    written = read_record(folder.failed)
+    names = {"key", "class", "message", "traceback", "signature", "step", "attempt", "failed_at"}
+    assert set(written) == names
     assert (written["class"], written["step"], written["message"]) == (kind, 1, outcome.message)
     assert written["key"] == TrialSpec.from_dict(given).key
     assert "Traceback" in written["traceback"] and "_pathwise" in written["traceback"]
-    assert not folder.done.exists() and not folder.running.exists()
+    assert not folder.done.exists() and ended(folder) == kind
     assert [record["step"] for record in read_journal(folder.journal)] == [0, 1]
-    if kind == "bug":
+    if kind == "reward":
         Fails.how = lambda: 1.0
-        assert run_trial(given, tmp_path, attempt=2).state == "done"
+        assert run_trial(given, tmp_path).state == "done"
         assert not folder.failed.exists() and [r["step"] for r in read_journal(folder.journal)] == [0, 1, 2, 3, 4]
 
 
@@ -281,7 +293,7 @@ def test_a_checkpoint_folder_that_is_gone_is_a_failure_not_a_crash(checkpoint: P
     next((tmp_path / "model" / "unet").glob("*.safetensors")).unlink()
     outcome = run_trial(given, tmp_path / "trial")
     assert outcome.state == "failed" and outcome.step == 0
-    assert read_json(TrialFolder(tmp_path / "trial").failed)["class"] == "storage"
+    assert read_record(TrialFolder(tmp_path / "trial").failed)["class"] == "loading"
 
 
 # ------------------------------------------------------------------------------------------------ evaluation noise
