@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 import tests.fake_trial as fake
 from orchestrator import control, doctor, ledger
@@ -172,3 +174,37 @@ def test_an_edited_sweep_file(tmp_path: Path, capsys: Any) -> None:
     assert all(path.read_bytes() == content for path, content in before.items())
     assert main(["launch", *written(0.5, 1.0, 2.0)]) == 0
     assert all(len(list(path.iterdir())) == 1 for path in trials.glob("*/attempts"))
+
+
+def test_doctor_rebuilds_a_deleted_mlflow_database(tmp_path: Path, capsys: Any) -> None:
+    """Runs, params, metrics with their times, tags, statuses and pictures are what they were."""
+    specs = [fake.spec(), fake.spec(seed=1, fail_at=2)]
+    store = tmp_path / "store"
+    assert launch(plan(store, *specs, tracking={"name": "mlflow", "uri": None}), target=fake.TARGET) == 3
+    before = shown(store)
+    assert len(before) == 3 and all(run["metrics"] for name, run in before.items() if name != "tried")
+    assert any("images/" in path for path in before[specs[0].label]["files"])
+    (store / "mlflow.db").unlink()
+    shutil.rmtree(store / "mlartifacts")
+    assert main(["doctor", "--store", str(store)]) == 3
+    assert "mlflow.db is gone" in capsys.readouterr().out
+    assert main(["doctor", "--store", str(store), "--fix"]) == 0
+    assert shown(store) == before
+
+
+def shown(store: Path) -> dict[str, Any]:
+    """{run: params, points, tags, status, files} of a store's database; what is drawn anew with each run left out."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
+    found = {}
+    for run in client.search_runs([client.get_experiment_by_name("pift").experiment_id]):
+        names, run_id = run.data.metrics, run.info.run_id
+        history = {name: client.get_metric_history(run_id, name) for name in names}
+        points = {name: [(p.step, p.value, p.timestamp) for p in values] for name, values in history.items()}
+        found[run.info.run_name] = {
+            "params": run.data.params,
+            "metrics": {name: sorted(values) for name, values in points.items()},
+            "tags": {n: v for n, v in run.data.tags.items() if n not in ("mlflow.parentRunId", "mlflow.note.content")},
+            "status": run.info.status,
+            "files": sorted(p.path for d in ("images", "adapter") for p in client.list_artifacts(run_id, d)),
+        }
+    return found
