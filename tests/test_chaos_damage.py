@@ -11,6 +11,7 @@ that fill the record of an attempt.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -104,6 +105,13 @@ def alter(content: bytes, offset: int) -> bytes:
     other = (content[offset] ^ 1, 0, 0x0D, 0x0A, 0x22, 0xFF)[offset // EVERY % 6]
     other = other if other != content[offset] else content[offset] ^ 1
     return content[:offset] + bytes([other]) + content[offset + 1 :]
+
+
+def says_the_same(one: bytes, two: bytes) -> bool:
+    """Whether two records differ in nothing but their layout: a blank that became an end of a line harms nobody."""
+    with contextlib.suppress(ValueError):
+        return json.loads(one) == json.loads(two)
+    return False
 
 
 def offsets(content: bytes) -> list[int]:
@@ -213,9 +221,9 @@ def run(stores: Stores, base: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
             said = looked_at(store, capsys, "status")
             failed = folder(store, FAILED).failed
             done = f"trials/{DONE}/DONE.json"
-            harmed = (store / done).read_bytes().strip() != before[done].strip()
+            harmed = not says_the_same((store / done).read_bytes(), before[done])
             assert not harmed or ledger.state(folder(store, DONE)) == "resumable"
-            unharmed = failed.read_bytes().strip() == before[f"trials/{FAILED}/FAILED.json"].strip()
+            unharmed = says_the_same(failed.read_bytes(), before[f"trials/{FAILED}/FAILED.json"])
             assert unharmed or "plan.json" in said or f"{failed} is damaged" in said
             launched(store, capsys)
             assert_repaired(store, stores, before, damaged)
