@@ -33,7 +33,7 @@ test: $(STAMP) ## every test, a process per core; ARGS="-k name" narrows it down
 quick: $(STAMP) ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not ray and not slow and not chaos" $(ARGS)
 
-chaos: $(STAMP) ## the chaos tests, longer: 60 kills, every 64th byte of every file (half an hour)
+chaos: $(STAMP) ## the chaos tests, longer: 60 kills, every 64th byte of every file
 	PIFT_CHAOS=full $(BIN)/python -m pytest -m chaos -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff
