@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.afar import clock_skew, home, locked, open_remote
-from workers.remote import VERDICTS, Info, Seen
+from workers.remote import VERDICTS, Info, Seen, hidden
 from workers.store import Damaged, parse_record, record_text, sound_record, write_text, write_whole
 
 FETCHERS = 16
@@ -219,7 +219,7 @@ class Far:
     def _publish(self, name: str) -> None:
         path, seen = self.view / name, self._files.get(name)
         stat = _stat(path)
-        if stat is None or not path.is_file() or any(part.startswith(".") for part in name.split("/")):
+        if stat is None or not path.is_file() or hidden(name):
             return
         if stat == self._own.get(name) or (seen is not None and stat == (seen.size, seen.mtime_ns)):
             return
@@ -320,4 +320,4 @@ def _files(folder: Path) -> dict[str, tuple[int, int] | None]:
     """The files below a folder, temporary ones left out."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): _stat(path) for path in paths}
-    return {name: stat for name, stat in named.items() if not any(part.startswith(".") for part in name.split("/"))}
+    return {name: stat for name, stat in named.items() if not hidden(name)}

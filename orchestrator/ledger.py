@@ -252,7 +252,7 @@ class Store:
         """Write a record; of several processes that write it, the first one's is it. What lies there damaged gives
         way."""
         if self.far is None:
-            create_whole(path, record_text(content))
+            create_whole(path, record_text(content).encode())
             if not (found := sound_record(path)):
                 write_record(path, found := dict(content))
             return found

@@ -171,7 +171,7 @@ class Folder:
             return Attempt(number, {}, modified)
 
     def create(self, number: int, content: Mapping[str, Any]) -> bool:
-        return create_whole(self._path(number), _padded(content))
+        return create_whole(self._path(number), _padded(content).encode())
 
     def write(self, number: int, content: Mapping[str, Any]) -> None:
         try:

@@ -24,11 +24,9 @@ import contextlib
 import functools
 import inspect
 import json
-import os
 import re
 import secrets
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,6 +34,8 @@ from dataclasses import astuple, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from workers.store import create_whole, write_text, write_whole
 
 S3, LOCAL, MEMORY = ("s3", "s3a"), ("file", "local"), "memory"
 SCHEMES = (*S3, "gs", "gcs", MEMORY, *LOCAL)
@@ -97,7 +97,7 @@ class Remote:
         """Bring an object into the local file `path`, whole or not at all; False where there is none."""
         lock = _memory_lock if self.scheme == MEMORY else contextlib.nullcontext()
         with contextlib.suppress(FileNotFoundError), self._explained(), lock:
-            _whole(path, lambda temporary: self._fs.get_file(self._path(name), str(temporary)))
+            write_whole(path, lambda there: self._fs.get_file(self._path(name), str(there)), durable=False)
             return True
         return False
 
@@ -108,7 +108,7 @@ class Remote:
             data.stat()
         with self._explained():
             if self.scheme in LOCAL:
-                _whole(Path(path), functools.partial(_fill, data=data))
+                write_whole(Path(path), functools.partial(_fill, data=data), durable=False)
             elif isinstance(data, Path) and self.scheme != MEMORY:
                 self._fs.put_file(str(data), path)
             else:
@@ -127,7 +127,7 @@ class Remote:
         self._check_creates()
         if self.scheme in LOCAL:
             with self._explained():
-                return _create_file(Path(self._path(name)), data)
+                return create_whole(Path(self._path(name)), data)
         mark = {"Metadata": {"mark": secrets.token_hex(8)}} if self.scheme in S3 else {}
         for wait in (*CONFLICT_WAITS, None):
             try:
@@ -152,7 +152,7 @@ class Remote:
         with self._explained():
             found = self._fs.find(self._path(prefix).rstrip("/"), detail=True)
         names = {path.removeprefix(root): entry for path, entry in found.items() if entry["type"] == "file"}
-        return {name: _info(entry) for name, entry in names.items() if not _hidden(name)}
+        return {name: _info(entry) for name, entry in names.items() if not hidden(name)}
 
     def info(self, name: str) -> Info | None:
         """Size, time and version of one object, or None where there is none."""
@@ -324,7 +324,7 @@ class Mirror:
             return False
         if not theirs.startswith(ours):
             self._drop([name for name in self._here() if _is_checkpoint(name) and name not in there], always=True)
-        _whole(path, lambda temporary: temporary.write_bytes(theirs))
+        write_whole(path, lambda temporary: temporary.write_bytes(theirs), durable=False)
         self._remember(JOURNAL, _stat(path), version)
         return True
 
@@ -402,7 +402,7 @@ class Mirror:
         found = {}
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
-            if not _hidden(name) and not name.startswith("attempts/"):
+            if not hidden(name) and not name.startswith("attempts/"):
                 with contextlib.suppress(FileNotFoundError):
                     if path.is_file():
                         found[name] = _stat(path)
@@ -414,7 +414,7 @@ class Mirror:
 
     def _save(self) -> None:
         content = {"of": self._of, "files": {name: astuple(seen) for name, seen in self._seen.items()}}
-        _whole(self.memory, lambda temporary: temporary.write_text(json.dumps(content), encoding="utf-8"))
+        write_text(self.memory, json.dumps(content), durable=False)
 
     def _recall(self) -> dict[str, Seen]:
         """What .mirror.json says; nothing where it is absent, broken or of another store."""
@@ -501,39 +501,6 @@ class Pusher:
 # ---- files here
 
 
-def _whole(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a temporary file beside `path`, then move it there in one step."""
-    with _temporary(path) as temporary:
-        fill(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-
-
-def _create_file(path: Path, data: bytes) -> bool:
-    """Like _whole, but False where `path` exists already: a hard link is made at most once."""
-    with _temporary(path) as temporary:
-        temporary.write_bytes(data)
-        os.chmod(temporary, 0o644)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
-        return True
-
-
-@contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` with a dot in front of its name, gone at the end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-
-
 def _fill(temporary: Path, data: bytes | Path) -> None:
     if isinstance(data, Path):
         shutil.copyfile(data, temporary)
@@ -583,7 +550,8 @@ def _step(name: str) -> tuple[int, str]:
     return len(stem), stem
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
+    """Whether a part of a name begins with a dot: somebody's temporary file."""
     return any(part.startswith(".") for part in name.split("/"))
 
 

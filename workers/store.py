@@ -86,13 +86,13 @@ def try_to_write(folder: Path) -> None:
             os.unlink(name)
 
 
-def create_whole(path: Path, text: str) -> bool:
-    """Write `text` to `path` unless it is there already: of any number of writers, on any machines that share the
+def create_whole(path: Path, data: bytes) -> bool:
+    """Write `data` to `path` unless it is there already: of any number of writers, on any machines that share the
     folder, exactly one is told True. The file appears with its content."""
     handle, name = _temporary(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
         os.chmod(name, 0o644)
         _to_disk(Path(name))
         _link(Path(name), path)
