@@ -448,7 +448,7 @@ def _add_plan(commands: Any) -> None:
         "Resolve the grid, check every cell, and print what a launch would do about each:\n"
         "  +  new: it runs                      >  running or scheduled by another launch\n"
         "  ~  resumable or stale: it continues  =  done\n"
-        "  !  failed or diverged: left alone    ↻  failed or diverged: runs again (retry_failed=true)\n"
+        "  !  failed or diverged: left alone    ↻  failed: runs again (retry_failed=true)\n"
         "  ·  waits: the budget is too small    -  orphan: no longer in the grid; its trial stays in the store\n"
         "Hours are estimated from the trials that have finished in this store.",
         "  pift plan sweep=quickstart\n  pift plan method=pi_ft,dpok beta=0.01,0.1,1\n"

@@ -9,6 +9,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -81,10 +82,7 @@ def _while_busy(store: Store, sweep: str, plan: Mapping[str, Any]) -> Iterator[N
 
 def counts(found: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """How many cells are in each state."""
-    result: dict[str, int] = {}
-    for row in found:
-        result[row["state"]] = result.get(row["state"], 0) + 1
-    return result
+    return dict(Counter(row["state"] for row in found))
 
 
 # ---- stopping

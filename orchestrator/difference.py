@@ -22,7 +22,7 @@ from orchestrator import ledger
 from orchestrator.errors import UserError
 from orchestrator.grid import Cell, Plan
 from orchestrator.ledger import Store
-from orchestrator.schedule import Budget, Estimate, Left, Share, Speeds, Work, estimate, order, slots
+from orchestrator.schedule import Budget, Estimate, Left, Share, Speeds, Work, device, estimate, order, slots
 
 SYMBOLS = {
     "run": "+", "continue": "~", "retry": "↻", "wait": "·", "running": ">", "done": "=", "leave": "!", "orphan": "-",
@@ -134,17 +134,15 @@ def difference(plan: Plan, store: Store) -> Difference:
         row |= {"state": states[row["key"]]} | ledger.detail(store.trial(row["key"])) | {"action": "orphan"}
         row |= {"shared_with": [], "estimated_seconds": 0.0}
     _name_sharers(store, plan.sweep, rows)
-    device = "cuda" if plan.config["resources"]["gpu"] else "cpu"
+    where = device(plan.config)
     budget = Budget.of(plan.config["budget"])
-    used, begun = 0.0, set[str]()
-    if budget:
-        used, begun = _spent(store, plan.sweep, {key for key, state in states.items() if state != "new"})
-    found = _work(plan, store, rows, device, begun)
+    used, begun = ledger.spent_by(store, plan.sweep) if budget else (0.0, set[str]())
+    found = _work(plan, store, rows, where, begun)
     work = {key: found[key] for key in turns if key in found}
     account = _admit(budget, used, begun, work, rows, store.now()) if budget else None
     waiting = {row["key"] for row in rows if row["action"] == "wait"}
     hours = estimate([piece for piece in work.values() if piece.key not in waiting], slots(plan.config))
-    return Difference(plan.sweep, list(plan.axes), rows, orphans, hours, device, account)
+    return Difference(plan.sweep, list(plan.axes), rows, orphans, hours, where, account)
 
 
 def action(state: str, retry: bool) -> str:
@@ -188,13 +186,7 @@ def _name_sharers(store: Store, sweep: str, rows: Sequence[dict[str, Any]]) -> N
             done[key]["shared_with"].append(name)
 
 
-def _spent(store: Store, sweep: str, keys: set[str]) -> tuple[float, set[str]]:
-    """(seconds at work, the trials begun) of a sweep."""
-    found = {key: ledger.spent(store.trial(key), sweep) for key in keys}
-    return sum(seconds for seconds, _ in found.values()), {key for key, (_, begun) in found.items() if begun}
-
-
-def _work(plan: Plan, store: Store, rows: Sequence[dict[str, Any]], device: str, begun: set[str]) -> dict[str, Work]:
+def _work(plan: Plan, store: Store, rows: Sequence[dict[str, Any]], where: str, begun: set[str]) -> dict[str, Work]:
     """What is left of each cell that is to run; adds estimated_seconds to the rows."""
     pairs = list(zip(plan.cells, rows, strict=True))
     done = {cell.key: cell.spec.to_dict() for cell, row in pairs if row["action"] == "done"}
@@ -203,7 +195,7 @@ def _work(plan: Plan, store: Store, rows: Sequence[dict[str, Any]], device: str,
         row["estimated_seconds"] = 0.0
         if row["action"] in WORKING:
             left = max(cell.spec.train.gradient_steps - max(row["step"] or 0, 0), 0)
-            speed = speeds.of(cell.spec.to_dict(), device) if speeds.like else None
+            speed = speeds.of(cell.spec.to_dict(), where) if speeds.like else None
             found[cell.key] = Work(cell.key, cell.spec.method["name"], left, speed, cell.key in begun)
             row["estimated_seconds"] = found[cell.key].seconds
     return found

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import ledger
+from orchestrator.control import where
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
 from orchestrator.provenance import lock_file
@@ -191,24 +192,23 @@ def launches(store: Store) -> Iterator[Finding]:
     """Who is at work, and who died."""
     alive = store.launches()
     for name, record in alive.items():
-        who = f"pid {record.get('pid')} on {record.get('host')}"
-        yield Finding(OK, "launches", f"at work: {name}, sweep {record.get('sweep')} ({who})")
-    for path in sorted(store.root.glob("launches/*.json")):
-        if path.name.endswith(".queue.json") or path.stem in alive:
+        yield Finding(OK, "launches", f"at work: {name}, sweep {record.get('sweep')} ({where(record)})")
+    for name in store.launch_names():
+        if name in alive:
             continue
         try:
-            record = read_record(path) or {}
+            record = read_record(store.launch_record(name)) or {}
         except Damaged as error:
             yield Finding(NOTE, "launches", str(error), "it only says who launched what; nothing hangs on it")
             continue
         if not record.get("ended"):
-            text = f"{path.stem} of sweep {record.get('sweep')} died without a word"
+            text = f"{name} of sweep {record.get('sweep')} died without a word"
             yield Finding(NOTE, "launches", text, "the same launch, given again, goes on where it was")
 
 
 def trials(store: Store, fix: bool, say: Callable[[str], None]) -> Iterator[Finding]:
     """Every file of every trial against its checksum."""
-    names, sound, told = _trial_names(store), 0, time.monotonic()
+    names, sound, told = store.trial_keys(), 0, time.monotonic()
     for number, name in enumerate(names):
         if time.monotonic() - told > 5:
             told = time.monotonic()
@@ -256,10 +256,9 @@ def plans(store: Store) -> Iterator[Finding]:
             planned |= {cell["key"] for cell in store.plan(name)["cells"]}
         except (UserError, KeyError) as error:
             yield Finding(PROBLEM, "plans", str(error), "launch the sweep again: the plan is written anew")
-    orphans = [name for name in _trial_names(store) if name not in planned]
+    orphans = [name for name in store.trial_keys() if name not in planned]
     if orphans:
-        some = ", ".join(orphans[:5]) + (", ..." if orphans[5:] else "")
-        text = f"{len(orphans)} trials belong to no sweep's last plan ({some})"
+        text = f"{len(orphans)} trials belong to no sweep's last plan ({_some(orphans)})"
         yield Finding(NOTE, "plans", text, "they are kept: a sweep that asks for them finds them done")
 
 
@@ -276,8 +275,9 @@ def leftovers(store: Store, fix: bool) -> Iterator[Finding]:
     yield Finding(FIXED if fix else NOTE, "leftovers", text, "" if fix else "pift doctor --fix removes them")
 
 
-def _trial_names(store: Store) -> list[str]:
-    return sorted(path.name for path in store.root.glob("trials/*") if path.is_dir())
+def _some(names: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:5]) + (", ..." if names[5:] else "")
 
 
 # ---- MLflow
@@ -318,7 +318,7 @@ def _tracker(store: Store, name: str, uri: str | None, fix: bool, say: Callable[
         yield Finding(FIXED, "mlflow", text)
         behind = []
     if behind:
-        text = f"{shown}: {len(behind)} trials have points that were not sent ({', '.join(behind[:3])} ...)"
+        text = f"{shown}: {len(behind)} trials have points that were not sent ({_some(behind)})"
         yield Finding(PROBLEM, "mlflow", text, "the next launch sends them, or pift doctor --fix")
     found = repair.zombies(store, uri)
     if fix:
@@ -336,13 +336,11 @@ UP = "start it (pift ui, or mlflow server); for a 403 name its host: mlflow serv
 
 def _no_answer(store: Store, uri: str | None) -> str | None:
     """Why runs cannot be written there, None where they can."""
-    from orchestrator.tracking.database import damage, default_uri, file_of
+    from orchestrator.tracking.database import default_uri, file_of
     from orchestrator.tracking.repair import reach
 
-    path = file_of(uri or default_uri(store))
-    if path is None:
-        return reach(str(uri))
-    return damage(path) if path.exists() else f"{path.name} is gone"
+    path = file_of(address := uri or default_uri(store))
+    return reach(address) if path is None or path.exists() else f"{path.name} is gone"
 
 
 def _behind(store: Store, place: str) -> list[str]:
@@ -350,7 +348,7 @@ def _behind(store: Store, place: str) -> list[str]:
     from orchestrator.tracking import entry
 
     found = []
-    for key in _trial_names(store):
+    for key in store.trial_keys():
         folder = store.trial(key)
         known = entry.read(ledger.mlflow_file(folder), place)
         if known.get("run_id") and entry.cursor(known)[0] < entry.size(folder.journal):

@@ -51,6 +51,8 @@ seconds); beyond it their sizes have to do, and `pift doctor` reads all."""
 GIVEN_UP = ("worker_died", "device", "storage")
 """What a trial is not tried again for in the same launch."""
 SAME_BUG = 2
+SHOWN = 20
+"""Failed trials listed at the end of a launch."""
 
 
 def launch(plan: Plan, *, json_output: bool = False, retry_failed: bool | None = None, target: str = RUN_TRIAL) -> int:
@@ -251,16 +253,11 @@ class _Session:
 
     # ---- the budget
 
-    def _spent(self) -> tuple[float, set[str]]:
-        """(seconds at work, the trials begun) of this sweep, in all its launches."""
-        found = {key: ledger.spent(self.store.trial(key), self.content["sweep"]) for key in self.keys}
-        return sum(seconds for seconds, _ in found.values()), {key for key, (_, begun) in found.items() if begun}
-
     def _admitted(self, keys: list[str]) -> list[str]:
         """Those of these that the budget lets begin."""
         if not self.budget or not keys:
             return keys
-        seconds, begun = self._spent()
+        seconds, begun = ledger.spent_by(self.store, self.content["sweep"])
         if self._speeds is None:
             self._speeds = schedule.Speeds.measured(self.store, self.content["specs"])
         work = [self._work_left(key, key in begun) for key in keys]
@@ -271,8 +268,8 @@ class _Session:
         assert self._speeds is not None
         spec = self.content["specs"][key]
         steps = spec["train"]["gradient_steps"] - max(ledger.last_step(self.store.trial(key).journal) or 0, 0)
-        device = "cuda" if (self.config.get("resources") or {}).get("gpu") else "cpu"
-        return schedule.Work(key, spec["method"]["name"], steps, self._speeds.of(spec, device), begun)
+        speed = self._speeds.of(spec, schedule.device(self.config))
+        return schedule.Work(key, spec["method"]["name"], steps, speed, begun)
 
     def _watch(self) -> None:
         """Tell the trials' machines which runs they have in MLflow, and stop when the budget is used up."""
@@ -282,7 +279,10 @@ class _Session:
         if tracking.server_of(self.config) is not None:
             with contextlib.suppress(UserError):
                 self.store.publish()
-        if self.budget and (used := self.budget.reached(self._spent()[0], time.time())) is not None:
+        if not self.budget:
+            return
+        seconds, _ = ledger.spent_by(self.store, self.content["sweep"])
+        if (used := self.budget.reached(seconds, time.time())) is not None:
             self.stop("budget", f"the budget is reached: {used}")
 
     # ---- after
@@ -325,22 +325,21 @@ class _Session:
                 self.monitor.say(f"note: {self.cells[key]['label']}, {warnings[0]}{more}")
 
 
-SHOWN = 20
-"""Failed trials listed at the end of a launch."""
-
-
 def reconcile(store: Store, keys: Sequence[str]) -> tuple[dict[str, str], dict[str, list[Damaged]]]:
     """({key: state}, {key: what is damaged}): finished trials whose files are not what was written count as resumable.
     Reads only."""
     states, broken, size = ledger.survey(store, keys), {}, 0
     for key, state in states.items():
         folder = store.trial(key)
+        found: list[Damaged] = []
         if state == "done" and size < VERIFY_BYTES and store.far is None:  # at a URL the sizes have to do
-            size += sum(entry["bytes"] for entry in ledger.sealed(folder).values())
-        elif state == "done" or not folder.done.exists():
-            continue
-        store.fetch(key)
-        if found := ledger.problems(folder):
+            files = ledger.sealed(folder)
+            size += sum(entry["bytes"] for entry in files.values())
+            found = ledger.altered(folder, files)
+        elif state != "done" and folder.done.exists():
+            store.fetch(key)
+            found = ledger.problems(folder)
+        if found:
             broken[key], states[key] = found, "resumable"
     return states, broken
 

@@ -180,6 +180,13 @@ class Store:
     def trial(self, key: str) -> TrialFolder:
         return TrialFolder(self.root / "trials" / key)
 
+    def trial_keys(self) -> list[str]:
+        """The keys of all trials that have a folder, whichever sweep they belong to."""
+        try:
+            return sorted(entry.name for entry in os.scandir(self.root / "trials") if entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def sweep(self, name: str) -> SweepFolder:
         return SweepFolder(self.root / "sweeps" / name)
 
@@ -278,20 +285,28 @@ class Store:
         """While this file exists, the trials of a launch write a checkpoint and stop, on whichever machine."""
         return self.root / "launches" / f"{name}.stop"
 
-    def launches(self) -> dict[str, dict[str, Any]]:
-        """The launches that are at work: {id: record}."""
+    def launches(self, *, queued: bool = False) -> dict[str, dict[str, Any]]:
+        """The launches that are at work: {id: record}; with `queued` those of them that have a queue. (The records of
+        those that ended stay: what is asked every second does not read them.)"""
         self.refresh(LOOK_SECONDS)
         now, found = self.now(), {}
-        for path in self.root.glob("launches/*.json"):
-            content = {} if path.name.endswith(".queue.json") else sound_record(path)
+        for name in self.launch_names(queued):
+            path = self.launch_record(name)
+            content = sound_record(path)
             with contextlib.suppress(OSError):
                 if content and lives(content, now - path.stat().st_mtime):
-                    found[path.stem] = content
+                    found[name] = content
         return found
+
+    def launch_names(self, queued: bool = False) -> list[str]:
+        """All launches that left a record (with `queued`: a queue), oldest first."""
+        names = {path.name.removesuffix(".json") for path in self.root.glob("launches/*.json")}
+        queues = {name.removesuffix(".queue") for name in names if name.endswith(".queue")}
+        return sorted(queues if queued else (name for name in names if not name.endswith(".queue")))
 
     def queued(self) -> set[str]:
         """The keys that a launch at work is going to run."""
-        return {key for name in self.launches() for key in sound_record(self.queue(name)).get("keys", [])}
+        return {key for name in self.launches(queued=True) for key in sound_record(self.queue(name)).get("keys", [])}
 
 
 class Launch:
@@ -373,10 +388,7 @@ def state(folder: TrialFolder, now: float | None = None, queued: frozenset[str] 
 def survey(store: Store, keys: Iterable[str]) -> dict[str, str]:
     """The state of each trial; what has no folder is not looked at any closer."""
     store.refresh(LOOK_SECONDS)
-    try:
-        there = set(os.listdir(store.root / "trials"))
-    except (FileNotFoundError, NotADirectoryError):
-        there = set()
+    there = set(store.trial_keys())
     now, queued = store.now(), store.queued()
     absent = {key: "scheduled" if key in queued else "new" for key in keys if key not in there}
     return {key: absent.get(key) or state(store.trial(key), now, queued) for key in keys}
@@ -385,7 +397,7 @@ def survey(store: Store, keys: Iterable[str]) -> dict[str, str]:
 def is_done(folder: TrialFolder) -> bool:
     """Whether DONE.json is sound and what it names is there, at the size it had."""
     done = sound_record(folder.done)
-    return bool(done) and all(_size_of(folder, name) == entry["bytes"] for name, entry in _files(done))
+    return bool(done) and all(_size_of(folder, name) == entry["bytes"] for name, entry in _files(done).items())
 
 
 def last_attempt(folder: TrialFolder) -> Attempt | None:
@@ -444,6 +456,12 @@ def spent(folder: TrialFolder, sweep: str) -> tuple[float, bool]:
     return sum(seconds_at_work(content) for content in ours), bool(ours)
 
 
+def spent_by(store: Store, sweep: str) -> tuple[float, set[str]]:
+    """(seconds at work, the trials begun) of a sweep in all its launches; of trials that its plan no longer has, too."""
+    found = {key: spent(store.trial(key), sweep) for key in store.trial_keys()}
+    return sum(seconds for seconds, _ in found.values()), {key for key, (_, begun) in found.items() if begun}
+
+
 def fail(folder: TrialFolder, key: str, kind: str, message: str, traceback: str = "") -> None:
     """Write FAILED.json for a trial that could not do so itself, unless it has a result already."""
     if folder.done.exists() or folder.failed.exists():
@@ -461,11 +479,15 @@ def problems(folder: TrialFolder) -> list[Damaged]:
     if not folder.done.exists():
         return []
     try:
-        done = read_record(folder.done) or {}
+        return altered(folder, _files(read_record(folder.done) or {}))
     except Damaged as error:
         return [error]
+
+
+def altered(folder: TrialFolder, files: Mapping[str, Any]) -> list[Damaged]:
+    """What of `sealed` files is not what was written, each read whole."""
     found = []
-    for name, entry in _files(done):
+    for name, entry in files.items():
         path = folder.root / name
         if (size := _size(path)) != entry["bytes"]:
             found.append(Damaged(path, "it is gone" if size < 0 else f"{size} of {entry['bytes']} bytes"))
@@ -485,11 +507,11 @@ def reopen(folder: TrialFolder, found: Iterable[Damaged]) -> None:
 
 def sealed(folder: TrialFolder) -> dict[str, Any]:
     """{name: {"sha256", "bytes"}} of what DONE.json names."""
-    return dict(sound_record(folder.done).get("files", {}))
+    return _files(sound_record(folder.done))
 
 
-def _files(done: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    return list(done.get("files", {}).items())
+def _files(done: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(done.get("files", {}))
 
 
 def _size(path: Path) -> int:

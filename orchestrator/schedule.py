@@ -124,19 +124,12 @@ class Speeds:
 def _finished(store: Store) -> dict[str, tuple[float, str, float]]:
     """Key -> (seconds per step, device, when it finished) of the trials whose DONE.json says so."""
     found = {}
-    for key in _listed(store):
+    for key in store.trial_keys():
         done = sound_record(store.trial(key).done)
         device = done.get("device")
         if _positive(done.get("seconds_per_step")) and isinstance(device, str):
             found[key] = done["seconds_per_step"], device, float(done.get("finished_at") or 0)
     return found
-
-
-def _listed(store: Store) -> list[str]:
-    try:
-        return sorted(os.listdir(store.root / "trials"))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def _positive(value: Any) -> bool:
@@ -213,6 +206,11 @@ def _makespan(seconds: Iterable[float], slots: int) -> float:
     for duration in seconds:
         heapq.heapreplace(ends, ends[0] + duration)
     return max(ends)
+
+
+def device(config: Mapping[str, Any]) -> str:
+    """What the trials of a plan run on: "cuda" where they get a GPU or a part of one, else "cpu"."""
+    return "cuda" if (config.get("resources") or {}).get("gpu") else "cpu"
 
 
 def slots(config: Mapping[str, Any]) -> int | None:

@@ -117,6 +117,9 @@ def test_what_a_sweep_has_spent(tmp_path: Path) -> None:
         content = {"sweep": sweep, "started": started, "beat": 0.0} | last
         write_record(folder.attempts / f"{number:04d}.json", content)
     assert ledger.spent(folder, "mine") == (7.5, True)
+    write_record(Store(tmp_path).trial("gone").attempts / "0001.json", {"sweep": "mine", "started": 0.0, "ended": 2.5})
+    write_record(Store(tmp_path).trial("else").attempts / "0001.json", {"sweep": "other", "started": 0.0, "ended": 9.0})
+    assert ledger.spent_by(Store(tmp_path), "mine") == (10.0, {"k", "gone"})
 
 
 def test_the_store_keeps_its_name(tmp_path: Path) -> None:

@@ -281,6 +281,10 @@ class Beating:
             self.content |= last
             self.write(self.content | {"beat": time.time()})
 
+    def cease(self) -> None:
+        """Stop without a word."""
+        self._over.set()
+
     def note(self, **values: Any) -> None:
         """Change the record; it is written with the next beat."""
         with self._lock:
@@ -324,7 +328,7 @@ class Lease:
     def end(self, how: str, **facts: Any) -> None:
         """Say how the attempt ended; without effect when the trial is another's by now. May raise OSError."""
         if self.lost:
-            self._beating._over.set()
+            self._beating.cease()
             return
         self._beating.stop(ended=time.time(), how=how, **facts)
 

@@ -177,18 +177,6 @@ class RayTune:
         )
 
 
-def _children() -> list[psutil.Process]:
-    with suppress(psutil.Error):
-        return psutil.Process().children(recursive=True)
-    return []
-
-
-def _kill_children() -> None:
-    for process in _children():
-        with suppress(psutil.Error):
-            process.kill()
-
-
 class _Thread(threading.Thread):
     """A thread whose exception is kept."""
 
@@ -232,8 +220,10 @@ class _Head:
 
     def end(self) -> None:
         """End what is left of our own processes, so that no trial works on beside the next launch's."""
-        if self.processes:
-            _kill_children()
+        with suppress(psutil.Error):
+            for process in psutil.Process().children(recursive=True) if self.processes else ():
+                with suppress(psutil.Error):
+                    process.kill()
 
 
 def _knock(address: str) -> None:
