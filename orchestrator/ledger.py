@@ -457,7 +457,7 @@ def spent(folder: TrialFolder, sweep: str) -> tuple[float, bool]:
 
 
 def spent_by(store: Store, sweep: str) -> tuple[float, set[str]]:
-    """(seconds at work, the trials begun) of a sweep in all its launches; of trials that its plan no longer has, too."""
+    """(seconds at work, the trials begun) of a sweep in all its launches, trials that left its plan included."""
     found = {key: spent(store.trial(key), sweep) for key in store.trial_keys()}
     return sum(seconds for seconds, _ in found.values()), {key for key, (_, begun) in found.items() if begun}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.grid import Cell, Plan
 from workers.lease import Attempt, Folder, Lease, acquire
 from workers.recorder import Journal
 from workers.spec import Evaluation, Lora, Sampler, Train, TrialSpec
@@ -45,6 +46,20 @@ def spec(seed: int = 0, beta: float = 0.1, steps: int = 4, **method: Any) -> Tri
         train=Train(gradient_steps=steps, trajectories=2, micro_batch=2, checkpoint_every=2),
         eval=Evaluation(every=2, samples=2, pictures=1),
     )
+
+
+def plan(store: Path, *specs: TrialSpec, executor: str = "inline", sweep: str = "tried", **config: Any) -> Plan:
+    """A sweep of these trials, without MLflow unless `config` says otherwise."""
+    fixed = {"prompt": "colour", "beta": 0.1, "method": "pi_ft"}
+    cells = [Cell(one.key, one, fixed | {"seed": one.seed}) for one in specs]
+    axes = {name: [value] for name, value in fixed.items()} | {"seed": [one.seed for one in specs]}
+    settings = {
+        "executor": {"name": executor},
+        "tracking": None,
+        "resources": {"cpu": 1, "gpu": 0, "threads": 1},
+        "store": str(store),
+    }
+    return Plan(sweep, axes, cells, settings | config)
 
 
 def run_trial(

@@ -17,6 +17,7 @@ import pytest
 from torch import Tensor
 
 from orchestrator.grid import Cell, Plan
+from tests import tiny
 from workers.lease import Folder
 from workers.models.lq import LinearQuadraticModel
 from workers.recorder import CLOCK_METRICS, read_journal
@@ -91,13 +92,7 @@ def spec(steps: int = 8, model: str = "Model", reward: str = "Reward", **changes
         "train": {"gradient_steps": steps, "trajectories": 8, "micro_batch": 8, "checkpoint_every": 2},
         "eval": {"every": 4, "samples": 4, "pictures": 1},
     }  # fmt: skip
-    for name, value in changes.items():
-        group, _, key = name.partition("__")
-        if key:
-            values[group][key] = value
-        else:
-            values[group] = value
-    return values
+    return tiny.changed(values, changes)
 
 
 def plan(store: Path, *specs: dict[str, Any], **config: Any) -> Plan:

@@ -19,7 +19,7 @@ from orchestrator.cli import main
 from orchestrator.doctor import FIXED, NOTE, OK, PROBLEM, Finding
 from orchestrator.launch import launch
 from orchestrator.ledger import Store
-from tests.test_launch import attempts, plan
+from tests.test_launch import attempts
 from workers.store import write_record
 
 
@@ -40,7 +40,7 @@ class Launching:
             time.sleep(0.01)
 
     def _run(self, store: Path, *specs: Any) -> None:
-        self.code = launch(plan(store, *specs), target=fake.TARGET)
+        self.code = launch(fake.plan(store, *specs), target=fake.TARGET)
 
     def end(self) -> int | None:
         self._thread.join()
@@ -61,7 +61,7 @@ def test_stop_from_outside_and_go_on(tmp_path: Path, capsys: Any) -> None:
     assert main(["stop", "--store", str(tmp_path)]) == 0
     assert "nothing to stop" in capsys.readouterr().out
     specs = [fake.spec(seed=seed, steps=200) for seed in range(2)]
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 0
 
 
 def test_watch_until_nobody_is_at_work(tmp_path: Path, capsys: Any) -> None:
@@ -81,13 +81,13 @@ def test_retry_runs_what_failed_again(tmp_path: Path, capsys: Any) -> None:
     """Kills: forgetting the failure, touching what diverged or another trial than the one that was named."""
     specs = [fake.spec(fail_at=1), fake.spec(seed=1, fail_at=1), fake.spec(seed=2, diverge_at=1), fake.spec(seed=3)]
     store = ["--store", str(tmp_path)]
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 3
     assert main(["retry", *store, "--key", specs[0].key[:6]]) == 0
     assert capsys.readouterr().out.count("may run again") == 1
     assert main(["retry", *store]) == 0
     assert main(["retry", *store]) == 0
     assert "no trial of tried has failed (diverged ones: --diverged)" in capsys.readouterr().out
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 3
     assert attempts(tmp_path, *specs) == [2, 2, 1, 1]
     assert main(["retry", *store, "--diverged"]) == 0
     assert capsys.readouterr().out.count("may run again") == 3
@@ -102,7 +102,7 @@ def found(store: Path, fix: bool = False) -> list[Finding]:
 def test_doctor_finds_and_mends(tmp_path: Path, capsys: Any) -> None:
     """A finished trial with an altered adapter, a launch and a trial that died, an orphan, a leftover."""
     specs = [fake.spec(), fake.spec(seed=1)]
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 0
     assert found(tmp_path) == []
     store = Store(tmp_path)
     weights = store.trial(specs[0].key).adapter / "pytorch_lora_weights.safetensors"
@@ -127,7 +127,7 @@ def test_doctor_finds_and_mends(tmp_path: Path, capsys: Any) -> None:
     assert {f.topic for f in found(tmp_path, fix=True) if f.level == FIXED} == {"trials", "leftovers"}
     assert not leftover.exists() and main(["doctor", "--store", str(tmp_path)]) == 0
     assert "all is well" in capsys.readouterr().out
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 0
     assert weights.read_bytes() == b"weights"
 
 
@@ -180,7 +180,7 @@ def test_doctor_rebuilds_a_deleted_mlflow_database(tmp_path: Path, capsys: Any) 
     """Runs, params, metrics with their times, tags, statuses and pictures are what they were."""
     specs = [fake.spec(), fake.spec(seed=1, fail_at=2)]
     store = tmp_path / "store"
-    assert launch(plan(store, *specs, tracking={"name": "mlflow", "uri": None}), target=fake.TARGET) == 3
+    assert launch(fake.plan(store, *specs, tracking={"name": "mlflow", "uri": None}), target=fake.TARGET) == 3
     before = shown(store)
     assert len(before) == 3 and all(run["metrics"] for name, run in before.items() if name != "tried")
     assert any("images/" in path for path in before[specs[0].label]["files"])

@@ -35,13 +35,6 @@ from workers.spec import TrialSpec
 from workers.store import write_record
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    client.create_database(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds where there are minutes."""
@@ -55,16 +48,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(store: Path, uri: str, *specs: TrialSpec, sweep: str = "tried", required: bool | None = False) -> Plan:
-    cells = [
-        Cell(one.key, one, {"beta": one.beta, "method": "pi_ft", "prompt": "colour", "seed": one.seed}) for one in specs
-    ]
-    settings = {
-        "executor": {"name": "inline"},
-        "tracking": {"name": "mlflow", "uri": uri, "required": required},
-        "resources": {"cpu": 1, "gpu": 0, "threads": 1},
-        "store": str(store),
-    }
-    return Plan(sweep, {"seed": [one.seed for one in specs]}, cells, settings)
+    return fake.plan(store, *specs, sweep=sweep, tracking={"name": "mlflow", "uri": uri, "required": required})
 
 
 def free_port() -> int:

@@ -23,7 +23,6 @@ from orchestrator import launch as launching
 from orchestrator.errors import UserError
 from orchestrator.executors import Job, Outcome
 from orchestrator.executors.inline import Inline
-from orchestrator.grid import Cell, Plan
 from orchestrator.launch import launch
 from orchestrator.ledger import Store
 from orchestrator.tracking import mlflow_view
@@ -31,30 +30,10 @@ from workers.spec import TrialSpec
 from workers.store import write_record
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow_view._create_database(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.monitor.LOOK_SECONDS", 0.05)
     monkeypatch.setattr("orchestrator.monitor.FORWARD_SECONDS", 0.05)
-
-
-def plan(store: Path, *specs: TrialSpec, executor: str = "inline", sweep: str = "tried", **config: Any) -> Plan:
-    fixed = {"prompt": "colour", "beta": 0.1, "method": "pi_ft"}
-    cells = [Cell(one.key, one, fixed | {"seed": one.seed}) for one in specs]
-    axes = {name: [value] for name, value in fixed.items()} | {"seed": [one.seed for one in specs]}
-    settings = {
-        "executor": {"name": executor},
-        "tracking": None,
-        "resources": {"cpu": 1, "gpu": 0, "threads": 1},
-        "store": str(store),
-    }
-    return Plan(sweep, axes, cells, settings | config)
 
 
 def with_mlflow(store: Path, database: Path) -> dict[str, Any]:
@@ -88,7 +67,7 @@ def measured(store: Path) -> dict[str, Any]:
 def test_all_done(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, specs = tmp_path / "store", [fake.spec(seed=seed) for seed in range(2)]
     config = with_mlflow(store, database)
-    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 0
+    assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 0
     said = capsys.readouterr()
     assert f"pift ui --store {store}" in said.out
     assert "report.html" in said.out
@@ -103,7 +82,7 @@ def test_all_done(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[
     assert set(written["specs"]) == {spec.key for spec in specs}
 
     journals = measured(store)
-    assert launch(plan(store, *specs, executor="ray", **config), target=fake.TARGET, json_output=True) == 0
+    assert launch(fake.plan(store, *specs, executor="ray", **config), target=fake.TARGET, json_output=True) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["counts"], result["exit_code"]) == ({"done": 2}, 0)
     assert measured(store) == journals  # nothing ran again, and Ray was not started for it
@@ -120,7 +99,7 @@ def test_scheduled_is_seen_before_the_first_trial(tmp_path: Path, database: Path
 
     monkeypatch.setattr(Inline, "run", looked)
     config = with_mlflow(store, database)
-    assert launch(plan(store, fake.spec(), fake.spec(seed=1), **config), target=fake.TARGET) == 3
+    assert launch(fake.plan(store, fake.spec(), fake.spec(seed=1), **config), target=fake.TARGET) == 3
     assert sorted(seen) == ["RUNNING", "SCHEDULED", "SCHEDULED"]  # the sweep's own run is the one at work
 
 
@@ -128,23 +107,23 @@ def test_failures_are_left_and_retried_when_asked(tmp_path: Path, database: Path
     store = tmp_path / "store"
     specs = [fake.spec(seed=0, fail_at=2), fake.spec(seed=1, diverge_at=1), fake.spec(seed=2)]
     config = with_mlflow(store, database)
-    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 3
+    assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 3
     said = capsys.readouterr().err
     assert "failed: " in said and "diverged: " in said and "retry_failed=true" in said
     statuses = {name: run.info.status for name, run in runs(store).items()}
     assert sorted(statuses.values()) == ["FAILED", "FAILED", "FAILED", "FINISHED"]
     assert statuses["tried"] == "FAILED"
 
-    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 3
+    assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 3
     assert attempts(store, *specs) == [1, 1, 1]
-    assert launch(plan(store, *specs, **config, retry_failed=True), target=fake.TARGET) == 3
+    assert launch(fake.plan(store, *specs, **config, retry_failed=True), target=fake.TARGET) == 3
     assert attempts(store, *specs) == [2, 1, 1]  # what diverged would diverge again
     assert (Store(store).trial(specs[0].key).root / "failures" / "0001.json").exists()
 
 
 def test_a_target_that_cannot_be_imported_is_a_failed_trial(tmp_path: Path) -> None:
     spec = fake.spec()
-    assert launch(plan(tmp_path, spec), target="tests.nowhere.run_trial") == 3
+    assert launch(fake.plan(tmp_path, spec), target="tests.nowhere.run_trial") == 3
     assert "nowhere" in ledger.failure_of(Store(tmp_path).trial(spec.key))["message"]
 
 
@@ -161,14 +140,14 @@ def test_interrupted_and_continued(tmp_path: Path, database: Path) -> None:
     thread = threading.Thread(target=interrupt)
     thread.start()
     before = signal.getsignal(signal.SIGTERM)
-    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 130
+    assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 130
     thread.join()
     assert signal.getsignal(signal.SIGTERM) is before
     assert ledger.state(trial) == "resumable"
     assert not list((store / "launches").glob("*.stop")) and Store(store).launches() == {}
     assert {run.info.status for run in runs(store).values()} == {"KILLED"}
 
-    assert launch(plan(store, *specs, **config), target=fake.TARGET) == 0
+    assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 0
     assert [record["step"] for record in measured(store)[specs[0].key][1]] == list(range(61))
     assert attempts(store, specs[0]) == [2]
     assert {run.info.status for run in runs(store).values()} == {"FINISHED"}
@@ -188,7 +167,7 @@ def test_a_trial_at_work_elsewhere_is_waited_for(tmp_path: Path, capsys: Any) ->
 
     thread = threading.Thread(target=ends)
     thread.start()
-    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, spec), target=fake.TARGET) == 0
     thread.join()
     assert attempts(tmp_path, spec) == [2]
 
@@ -196,14 +175,14 @@ def test_a_trial_at_work_elsewhere_is_waited_for(tmp_path: Path, capsys: Any) ->
 def test_the_first_two_trials_fail_alike(tmp_path: Path, capsys: Any) -> None:
     """... and the third is not begun. Kills: going on; stopping after any two failures."""
     specs = [fake.spec(seed=seed, fail_at=1, bug="same") for seed in range(3)]
-    assert launch(plan(tmp_path, *specs), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path, *specs), target=fake.TARGET) == 3
     assert [ledger.state(Store(tmp_path).trial(spec.key)) for spec in specs] == ["failed", "failed", "new"]
     assert "the first 2 trials failed at the same place (asked to fail); the sweep stops" in capsys.readouterr().err
     specs = [fake.spec(seed=seed, fail_at=1) for seed in range(3)]  # each at a place of its own
-    assert launch(plan(tmp_path / "other", *specs), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path / "other", *specs), target=fake.TARGET) == 3
     assert attempts(tmp_path / "other", *specs) == [1, 1, 1]
     specs = [fake.spec(), *(fake.spec(seed=seed, fail_at=1, bug="same") for seed in (1, 2, 3))]  # one works: no bug
-    assert launch(plan(tmp_path / "third", *specs), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path / "third", *specs), target=fake.TARGET) == 3
     assert attempts(tmp_path / "third", *specs) == [1, 1, 1, 1]
 
 
@@ -211,29 +190,29 @@ def test_budgets(tmp_path: Path, capsys: Any) -> None:
     """Trials: in all launches together. Hours: at work, then a checkpoint. Exit code 4 until the budget is raised."""
     specs = [fake.spec(seed=seed) for seed in range(3)]
     for _ in range(2):
-        assert launch(plan(tmp_path, *specs, budget={"trials": 2}), target=fake.TARGET) == 4
+        assert launch(fake.plan(tmp_path, *specs, budget={"trials": 2}), target=fake.TARGET) == 4
         assert [len(found) for found in measured(tmp_path)] and len(measured(tmp_path)) == 2
-    assert launch(plan(tmp_path, *specs, budget={"trials": 3}), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, *specs, budget={"trials": 3}), target=fake.TARGET) == 0
 
     slow = fake.spec(steps=400, seconds=0.02)
-    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
+    assert launch(fake.plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
     assert "budget.hours=0.000277778 are used up" in capsys.readouterr().err
     assert ledger.state(Store(tmp_path / "hours").trial(slow.key)) == "resumable"
-    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
+    assert launch(fake.plan(tmp_path / "hours", slow, budget={"hours": 1 / 3600}), target=fake.TARGET) == 4
     assert attempts(tmp_path / "hours", slow) == [1]
-    assert launch(plan(tmp_path / "hours", slow, budget={"hours": 1}), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path / "hours", slow, budget={"hours": 1}), target=fake.TARGET) == 0
     with pytest.raises(UserError, match="budget.deadline=2020-01-01T00:00 has passed"):
-        launch(plan(tmp_path / "past", slow, budget={"deadline": "2020-01-01T00:00"}), target=fake.TARGET)
+        launch(fake.plan(tmp_path / "past", slow, budget={"deadline": "2020-01-01T00:00"}), target=fake.TARGET)
 
 
 def test_only_new_cells_run(tmp_path: Path) -> None:
     """One beta added, one removed, and the same trial in another sweep. Kills: running shared or finished cells again,
     removing what the new plan no longer has."""
     low, mid, high = (fake.spec(beta=beta) for beta in (0.1, 0.2, 0.3))
-    assert launch(plan(tmp_path, low, mid), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, low, mid), target=fake.TARGET) == 0
     before = (Store(tmp_path).trial(mid.key).done).read_bytes()
-    assert launch(plan(tmp_path, mid, high), target=fake.TARGET) == 0
-    assert launch(plan(tmp_path, low, high, sweep="another"), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, mid, high), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, low, high, sweep="another"), target=fake.TARGET) == 0
     assert attempts(tmp_path, low, mid, high) == [1, 1, 1]
     assert Store(tmp_path).trial(mid.key).done.read_bytes() == before
 
@@ -241,10 +220,10 @@ def test_only_new_cells_run(tmp_path: Path) -> None:
 def test_a_finished_trial_with_a_damaged_file_is_finished_again(tmp_path: Path) -> None:
     spec = fake.spec()
     folder = Store(tmp_path).trial(spec.key)
-    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, spec), target=fake.TARGET) == 0
     weights = folder.adapter / "pytorch_lora_weights.safetensors"
     weights.write_bytes(b"weighty")
-    assert launch(plan(tmp_path, spec), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, spec), target=fake.TARGET) == 0
     assert weights.read_bytes() == b"weights" and attempts(tmp_path, spec) == [2]
     assert sorted(path.name for path in (folder.root / "damaged").iterdir()) == [
         "DONE.json.1", "pytorch_lora_weights.safetensors.1"
@@ -257,7 +236,7 @@ def test_two_launches_at_once(tmp_path: Path) -> None:
     codes: list[int] = []
 
     def one() -> None:
-        codes.append(launch(plan(tmp_path, *specs), target=fake.TARGET))
+        codes.append(launch(fake.plan(tmp_path, *specs), target=fake.TARGET))
 
     threads = [threading.Thread(target=one) for _ in range(2)]
     for thread in threads:
@@ -285,7 +264,7 @@ class Flaky(tracking.NoView):
 def test_a_dying_tracker_stops_nothing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     view = Flaky()
     monkeypatch.setattr(tracking, "open_view", lambda *_: view)
-    assert launch(plan(tmp_path, fake.spec(steps=20, seconds=0.02)), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, fake.spec(steps=20, seconds=0.02)), target=fake.TARGET) == 0
     assert view.closed and view.calls >= 1
     assert capsys.readouterr().err.count("MLflow does not answer (server gone)") == 1
 
@@ -295,7 +274,7 @@ def test_a_dead_tracker_does_not_hide_the_result(tmp_path: Path, monkeypatch: An
     view.close = view.log_report = lambda *_, **__: view.forward()  # type: ignore[assignment, method-assign]
     monkeypatch.setattr(tracking, "open_view", lambda *_: view)
     monkeypatch.setattr(launching, "CLOSE_SECONDS", 0.0)
-    assert launch(plan(tmp_path, fake.spec()), target=fake.TARGET) == 0
+    assert launch(fake.plan(tmp_path, fake.spec()), target=fake.TARGET) == 0
     assert "the runs in MLflow are not closed (server gone)" in capsys.readouterr().err
 
 
@@ -316,7 +295,7 @@ def test_a_dead_tracker_does_not_hide_the_result(tmp_path: Path, monkeypatch: An
 def test_bad_places_are_refused_before_anything_is_written(tmp_path: Path, changes: Any, message: str) -> None:
     began = time.monotonic()
     with pytest.raises(UserError, match=message):
-        grid = plan(tmp_path / "store", fake.spec())
+        grid = fake.plan(tmp_path / "store", fake.spec())
         grid.config.update(changes)
         launch(grid, target=fake.TARGET)
     assert list(tmp_path.iterdir()) == []
@@ -331,14 +310,14 @@ def test_ray_gives_the_same_store(tmp_path: Path, capfd: Any, monkeypatch: Any) 
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
     specs = [fake.spec(seed=seed, seconds=0.02) for seed in range(3)]
     specs += [fake.spec(seed=3, fail_at=2), fake.spec(seed=4, die_at=2), fake.spec(seed=5, die_at=2, die_once=True)]
-    assert launch(plan(tmp_path / "ray", *specs, executor="ray"), target="user_trial.run_trial") == 3
+    assert launch(fake.plan(tmp_path / "ray", *specs, executor="ray"), target="user_trial.run_trial") == 3
     said = capfd.readouterr()
     assert "raylet" not in said.out + said.err and "Traceback" not in said.err
     died = Store(tmp_path / "ray").trial(specs[4].key)
     assert ledger.state(died) == "stale" and attempts(tmp_path / "ray", *specs[4:]) == [4, 2]  # tried again, 3 times
     assert f"not finished: {specs[4].label}" in said.err
 
-    assert launch(plan(tmp_path / "inline", *specs[:4]), target=fake.TARGET) == 3
+    assert launch(fake.plan(tmp_path / "inline", *specs[:4]), target=fake.TARGET) == 3
     by_ray, inline = measured(tmp_path / "ray"), measured(tmp_path / "inline")
     assert by_ray.pop(specs[4].key)[0] == "stale" and by_ray.pop(specs[5].key)[0] == "done"
     assert by_ray == inline

@@ -28,14 +28,6 @@ from workers.recorder import journal_line, read_journal
 from workers.store import read_record, sound_record, write_json, write_record
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making one costs seconds, copying it nothing."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow_view._create_database(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def store(database: Path, tmp_path: Path) -> Iterator[Store]:
     found = Store(tmp_path / "store")
@@ -642,6 +634,20 @@ def test_a_damaged_database_is_refused_and_rebuilt(store: Store) -> None:
     assert status(again, spec.key) == "FINISHED"
     assert repair.rebuild(store, say=said.append).points == 0  # and once more costs nothing
     assert not repair.zombies(store)
+
+
+def test_a_damaged_picture_holds_nothing_up(store: Store) -> None:
+    """Points, the other pictures and the status arrive. Kills: opening whatever is there."""
+    spec = fake.spec()
+    run(store, spec)
+    path = store.trial(spec.key).picture(2)
+    path.write_bytes(path.read_bytes()[:64])
+    view = opened(store, spec)
+    view.close({spec.key: "done"})
+    assert status(view, spec.key) == "FINISHED" and history(view, spec.key)["train/loss"]
+    assert view.client is not None
+    files = [found.path for found in view.client.list_artifacts(view.trials[spec.key].run_id, "images")]
+    assert len(files) == 2 * 2 and not any("+step+2+" in name for name in files)
 
 
 def test_places(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -90,6 +91,17 @@ METHODS = {
 }  # fmt: skip
 
 
+def changed(values: dict, changes: Mapping[str, object]) -> dict:
+    """A spec with some of its values set; `changes` are dotted keys with __ for the dot."""
+    for name, value in changes.items():
+        group, _, key = name.partition("__")
+        if key:
+            values[group][key] = value
+        else:
+            values[group] = value
+    return values
+
+
 def spec(
     path: Path, method: str = "pi_ft", *, reward: str = "Brightness", dtype: str = "fp32", **changes: object
 ) -> dict:
@@ -107,13 +119,7 @@ def spec(
         "train": {"gradient_steps": 4, "trajectories": 4, "micro_batch": 8, "checkpoint_every": 2},
         "eval": {"every": 2, "samples": 4, "pictures": 2},
     }  # fmt: skip
-    for name, value in changes.items():
-        group, _, key = name.partition("__")
-        if key:
-            values[group][key] = value
-        else:
-            values[group] = value
-    return values
+    return changed(values, changes)
 
 
 _MADE: dict[Path, Path] = {}

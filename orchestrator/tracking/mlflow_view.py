@@ -39,6 +39,7 @@ from orchestrator.tracking.client import (
     TAG_VALUE,
     TrackerError,
     connect,
+    create_database,
     cut,
     cut_values,
     params_of,
@@ -46,12 +47,11 @@ from orchestrator.tracking.client import (
     search,
     usable,
 )
-from orchestrator.tracking.client import create_database as _create_database
 from orchestrator.tracking.database import default_uri, file_of, lock_of
 from orchestrator.tracking.points import milliseconds, send_points
 from workers.lease import process
 from workers.recorder import METRICS
-from workers.store import TrialFolder, sound_record
+from workers.store import TrialFolder, sound_picture, sound_record
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
 PASS_SECONDS = 5.0
@@ -161,7 +161,7 @@ class MlflowView:
         except Timeout:
             raise Busy("another launch is writing to it") from None
         try:
-            _create_database(self.uri)
+            create_database(self.uri)
             yield
         finally:
             self._lock_file.release()
@@ -469,14 +469,14 @@ class _TrialRun:
         return points
 
     def send_pictures(self, until: float = entry.FOREVER) -> None:
-        """The evaluation strips that MLflow does not have."""
+        """The evaluation strips that MLflow does not have; one that is lost or damaged holds nothing up."""
         if self._pictures is None:
             self._pictures = Tail(self.folder.journal, step=int(self.entry.get("pictures", -1)))
         if self.journal_size == self._pictures.offset:
             return
         while time.monotonic() <= until and (found := self._pictures.read()):
             for record, _ in found:
-                if record.get("pictures") and (self.folder.root / record["pictures"]).exists():
+                if record.get("pictures") and sound_picture(self.folder.root / record["pictures"]):
                     self._send_picture(record)
                     self._note(pictures=int(record["step"]))
 
