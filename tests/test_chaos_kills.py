@@ -277,10 +277,10 @@ def test_signals(tmp_path: Path, undisturbed: dict[str, Any], executor: str) -> 
     signal that waits; states that say running."""
     store, log = Store(tmp_path / "store"), tmp_path / "log"
 
-    def begun() -> subprocess.Popen[bytes]:
+    def begun(steps: int, pause: float) -> subprocess.Popen[bytes]:
         before = reached()
-        process = driver(store.root, f"executor={executor}", "tracking=none", pause=0.2, log=log)
-        while reached() < before + 3:
+        process = driver(store.root, f"executor={executor}", "tracking=none", pause=pause, log=log)
+        while reached() < before + steps:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
         return process
@@ -289,7 +289,7 @@ def test_signals(tmp_path: Path, undisturbed: dict[str, Any], executor: str) -> 
         """Gradient steps of all trials that are at work or were."""
         return sum(ledger.last_step(TrialFolder(path).journal) or 0 for path in store.root.glob("trials/*"))
 
-    process = begun()
+    process = begun(3, pause=0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     assert set(states(store)) <= {"resumable"}
@@ -297,11 +297,12 @@ def test_signals(tmp_path: Path, undisturbed: dict[str, Any], executor: str) -> 
         steps = [int(path.stem.removeprefix("step_")) for path in folder.checkpoints.glob("*.json")]
         assert max(steps) == ledger.last_step(folder.journal)
 
-    process = begun()
+    process = begun(1, pause=120.0)  # in the middle of a very long step
     process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
+    time.sleep(1)
+    assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert set(states(store)) <= {"resumable", "stale"} and store.launches() == {}
     assert driver(store.root, "executor=inline", "tracking=none", log=log).wait(300) == 0
     assert content(store.root) == undisturbed and "Traceback" not in log.read_text()
