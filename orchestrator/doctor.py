@@ -117,29 +117,32 @@ def gpus() -> Iterator[Finding]:
 
 
 def weights(conf: Sequence[Path]) -> Iterator[Finding]:
-    """The weights of every model, reward and judge of conf/, without loading them."""
+    """The weights of every model, reward and judge of conf/, without loading them. Absent ones are a problem of the
+    defaults and of a conf folder of one's own; what else is shipped is needed by whoever chooses it."""
     from orchestrator.conf_tree import ConfTree
 
     tree, seen = ConfTree(list(conf)), set()
     for group in ("model", "reward"):
         for choice in tree.choices(group):
-            content = tree.read(tree.find(f"{group}/{choice}"))
+            path = tree.find(f"{group}/{choice}")
+            content, own = tree.read(path), any(path.is_relative_to(folder) for folder in conf)
             for name in ("model", "reward", "judge"):
                 component = content.get(name)
-                for finding in _weights_of(f"{group}={choice}", component if isinstance(component, Mapping) else {}):
+                level = PROBLEM if own or choice == tree.defaults[group] else NOTE
+                values = component if isinstance(component, Mapping) else {}
+                for finding in _weights_of(f"{group}={choice}", values, level):
                     if finding.text not in seen:
                         seen.add(finding.text)
                         yield finding
 
 
-def _weights_of(who: str, component: Mapping[str, Any]) -> Iterator[Finding]:
-    from workers.spec import locate, settings
+def _weights_of(who: str, component: Mapping[str, Any], level: str) -> Iterator[Finding]:
+    from orchestrator.weights import needed
 
     if "_target_" not in component:
         return
     try:
-        needed: Callable[[Any], list[Any]] = getattr(locate(component["_target_"]), "weights", lambda values: [])
-        found = needed(settings(component))
+        found = needed(component)
     except (ImportError, AttributeError, ValueError, OSError) as error:
         text = f"{who}: {component['_target_']} cannot be looked at: {error}"
         yield Finding(PROBLEM, "weights", text, "see its file in conf/")
@@ -148,7 +151,7 @@ def _weights_of(who: str, component: Mapping[str, Any]) -> Iterator[Finding]:
         if entry.present:
             yield Finding(OK, "weights", f"{who}: {entry.what}")
         else:
-            yield Finding(PROBLEM, "weights", f"{who}: {entry.what} is not there", entry.fetch)
+            yield Finding(level, "weights", f"{who}: {entry.what} is not there", entry.fetch)
 
 
 def ray_cluster(address: str | None) -> Iterator[Finding]:

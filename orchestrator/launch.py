@@ -1,7 +1,8 @@
 """Launch a plan: check the places to write to, run the cells that are not done, watch, close, compare.
 
     launch(plan) -> 0 all done | 3 some trials failed, diverged or are not done | 4 budget reached | 130 interrupted
-    raises UserError (exit 2) before anything is written: an unwritable store, an MLflow that never answered
+    raises UserError (exit 2) before anything is written: an unwritable store, an MLflow that never answered, weights
+    that are not on this machine when it is to run the trials
 
 The store says what is left to do (`reconcile`): done cells are never run again, interrupted ones continue from their
 newest sound checkpoint, failed ones are left unless retry_failed=true, diverged ones are a result. A cell that another
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import executors, ledger, schedule, tracking
+from orchestrator import executors, ledger, schedule, tracking, weights
 from orchestrator.errors import UserError
 from orchestrator.executors import RUN_TRIAL, Job, Outcome
 from orchestrator.ledger import Store
@@ -98,6 +99,8 @@ class _Session:
         self.store.refresh()
         states, broken = reconcile(self.store, self.keys)
         jobs = self._jobs(states)
+        for warning in weights.refuse([job.spec for job in jobs], self.config):
+            print(f"pift: {warning}", file=sys.stderr)
         interruption = _Interruption(self)
         with interruption.handlers(), contextlib.ExitStack() as stack:
             executor = self._enter(stack) if jobs else executors.Idle()

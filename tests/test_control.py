@@ -143,7 +143,11 @@ def test_doctor_says_which_weights_are_missing_and_how_to_fetch_them(tmp_path: P
     )
     missing = [f for f in doctor.weights([tmp_path]) if f.level == PROBLEM]
     assert [f.text for f in missing] == ["model=mine: somebody/their-model in the hub's cache is not there"]
-    assert missing[0].fix == "hf download somebody/their-model --revision abc"
+    assert missing[0].fix.startswith("hf download somebody/their-model model_index.json unet/config.json")
+    assert missing[0].fix.endswith("--revision abc    # or model.path=FOLDER")
+    others = [f for f in doctor.weights([]) if f.level != OK]
+    assert {f.level for f in others} == {NOTE}
+    assert any(f.text.startswith("model=sd15: stable-diffusion-v1-5/stable-diffusion-v1-5") for f in others)
 
 
 def test_doctor_names_a_cluster_that_does_not_answer() -> None:

@@ -540,9 +540,10 @@ def test_a_bad_file_is_named(conf: Path, name: str, content: str, words: str) ->
 COMPANIONS = {
     "model/lq": ["reward=quadratic"], "model/mixture": ["reward=quadratic"], "model/nearly_lq": ["reward=quadratic"],
     "reward/quadratic": ["model=lq"], "reward/bounded": ["model=mixture", "beta=1"],
-    "method/algorithm_1": ["model=lq", "reward=quadratic"],
+    "method/algorithm_1": ["model=lq", "reward=quadratic"], "reward/compressibility": ["method.estimator=score"],
 }  # fmt: skip
-"""What a choice needs beside it: models without pictures and rewards of pictures do not go together."""
+"""What a choice needs beside it: models without pictures and rewards of pictures do not go together, nor does a reward
+without a gradient with the adjoint."""
 
 
 def shipped() -> list[Path]:

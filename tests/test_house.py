@@ -235,13 +235,16 @@ def test_make_targets_in_documents_exist(name: str) -> None:
 
 
 def documented_grids() -> Iterator[list[str]]:
-    """The OVERRIDES of every `pift plan` and `pift launch` in the documents that needs no file of the reader's own."""
+    """The OVERRIDES of every `pift plan` and `pift launch` in the documents that needs no file of the reader's own, as
+    the command line reads them."""
+    from orchestrator.cli import _parser
+
     for name in DOCUMENTS:
         for block in fenced(document(name)):
             for line in block.splitlines():
                 words = shlex.split(line, comments=True) if line.startswith("pift ") else []
                 if words[1:2] in (["plan"], ["launch"]) and "--conf" not in words:
-                    yield [word for word in words[2:] if not word.startswith("-")]
+                    yield _parser().parse_args(words[1:]).overrides
 
 
 @pytest.mark.parametrize("overrides", documented_grids(), ids=" ".join)

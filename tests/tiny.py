@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from workers.models import sd15
 
 WORDS = ("a", "green", "rabbit", "cat", "dog")
 
 
 def save_checkpoint(folder: Path) -> Path:
     """unet/ vae/ text_encoder/ tokenizer/ scheduler/ model_index.json, 4x4x4 latents, 8x8 pictures."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
@@ -28,6 +30,28 @@ def save_checkpoint(folder: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4, sample_size=8, scaling_factor=1.0,
     )  # fmt: skip
+    return _save(folder, unet, vae, DDIMScheduler(**sd15.SCHEDULER))
+
+
+def save_sd15(folder: Path) -> Path:
+    """Stable Diffusion v1.5's layout, block for block, a few channels wide: 8x8x4 latents, 64x64 pictures, the PNDM
+    scheduler that its folder names."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(1)
+    narrow = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
+    size = {"sample_size": 8, "cross_attention_dim": 16, "attention_head_dim": 2}
+    unet = UNet2DConditionModel(**{**sd15.UNET, **narrow, **size})
+    vae = AutoencoderKL(**{**sd15.VAE, **narrow, "sample_size": 64})
+    known = {name: value for name, value in sd15.SCHEDULER.items() if name != "clip_sample"}
+    return _save(folder, unet, vae, PNDMScheduler(**known, skip_prk_steps=True))
+
+
+def _save(folder: Path, unet: Any, vae: Any, scheduler: Any) -> Path:
+    """A pipeline of these and of a text encoder of one layer."""
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     letters = sorted({letter for word in WORDS for letter in word})
     pieces = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = folder / "vocabulary"
@@ -38,10 +62,6 @@ def save_checkpoint(folder: Path) -> Path:
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=16, bos_token_id=len(pieces) - 2, eos_token_id=len(pieces) - 1,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
     )  # fmt: skip
     pipe = StableDiffusionPipeline(
         unet=unet, vae=vae, text_encoder=CLIPTextModel(config), tokenizer=tokenizer, scheduler=scheduler,
@@ -74,6 +94,26 @@ class BlackBox:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.inner(images, prompts)
+
+
+class Faint(Brightness):
+    """A hundred-millionth of it."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 1e-8 * super().__call__(images, prompts)
+
+
+class Networked(Brightness):
+    """The same number, from a network that can be moved."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__(device)
+        self.network = nn.Conv2d(3, 3, 1, bias=False).requires_grad_(False)
+        with torch.no_grad():
+            self.network.weight.copy_(torch.eye(3)[:, :, None, None])
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return super().__call__(self.network(images), prompts)
 
 
 METHODS = {
@@ -125,8 +165,10 @@ def spec(
 _MADE: dict[Path, Path] = {}
 
 
-def checkpoint(base: Path) -> Path:
-    """`save_checkpoint` under `base` (pytest's `tmp_path_factory.getbasetemp()`), once in a process."""
-    if base not in _MADE:
-        _MADE[base] = save_checkpoint(base / "tiny")
-    return _MADE[base]
+def checkpoint(base: Path, layout: str = "tiny") -> Path:
+    """`save_checkpoint`, or with layout "sd15" `save_sd15`, under `base` (pytest's `tmp_path_factory.getbasetemp()`),
+    once in a process."""
+    place = base / layout
+    if place not in _MADE:
+        _MADE[place] = (save_sd15 if layout == "sd15" else save_checkpoint)(place)
+    return _MADE[place]

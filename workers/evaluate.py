@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,20 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
     model, beta = problem.model, problem.beta
     n, T = noise.y0.shape[0], model.chain.T
     kls = torch.zeros(T, n, device=model.device, dtype=model.dtype)
+    guided: Any = model if getattr(model, "guidance_scale", 1.0) > 1 else None
+    conditional = torch.zeros(n, device=model.device, dtype=torch.float64)
 
     def measure(k: int, rows: slice, y: Tensor, u: Tensor) -> None:
+        half = guided and guided.conditional
         kls[k, rows] = model.chain.step_kl(k, u, model.control(k, y, adapted=False))
+        if guided:
+            conditional[rows] += model.chain.step_kl(k, half, guided.conditional)
 
     final = rollout(model, problem.start(noise.y0), noise.W, batch, each=measure).y[-1]
-    images = torch.cat([model.decode(part) for part in final.split(batch)])
-    rewards = _score(problem, problem.names[0], problem.reward, images, batch)
+    with problem.rewarding():
+        images = torch.cat([model.decode(part) for part in final.split(batch)])
+        rewards = _score(problem, problem.names[0], problem.reward, images, batch)
+        judged = None if judge is None else _score(problem, problem.names[1], judge, images, batch)
     kls = finite("the path KL", kls).double().cpu()
     trained_on = rewards if problem.transform is None else problem.transform(rewards)
     objective = trained_on - (beta[:, None] * kls).sum(0)
@@ -74,9 +82,11 @@ def evaluate(problem: Problem, judge: Reward | None, noise: Noise, batch: int) -
         "eval/objective": objective.mean(),
         "eval/diversity": diversity(images),
     }
-    if judge is not None:
-        samples["judge"] = _score(problem, problem.names[1], judge, images, batch)
-        metrics["eval/judge_mean"] = samples["judge"].mean()
+    if guided:
+        metrics["eval/kl_path_conditional_nats"] = finite("the conditional path KL", conditional).mean()
+    if judged is not None:
+        samples["judge"] = judged
+        metrics["eval/judge_mean"] = judged.mean()
     if problem.transform is not None:
         metrics["eval/reward_transformed_mean"] = trained_on.mean()
     if problem.initial is not None:

@@ -28,7 +28,10 @@ from workers.store import Damaged
 METRICS: dict[str, str] = {
     "eval/reward_mean": "mean reward over the evaluation pictures (fixed noise, shared by all cells of a prompt)",
     "eval/reward_sem": "standard error of that mean over pictures (not over seeds)",
-    "eval/kl_path_nats": "path KL to the pre-trained chain: sum over steps and latent dimensions, mean over pictures",
+    "eval/kl_path_nats": "path KL to the pre-trained chain: sum over steps and latent dimensions, mean over pictures; "
+    "of the guided control where there is guidance",
+    "eval/kl_path_conditional_nats": "the same sum over the conditional predictions alone (guidance_scale > 1 only): "
+    "what papers report that leave guidance out of the KL; not the KL in J",
     "eval/objective": "J = mean of [reward - sum_t beta_t * step KL_t], the quantity every method maximises; less "
     "beta_0 * eval/kl_initial_nats with a learned initial law, and of the transformed reward with another regulariser",
     "eval/kl_initial_nats": "KL of the learned law of Y_0 to N(0, I), summed over dimensions (initial_law=gaussian)",
@@ -47,7 +50,8 @@ METRICS: dict[str, str] = {
     "train/grad_norm": "L2 norm of the gradient over all trainable parameters, before clipping",
     "budget/reward_queries": "pictures scored for training so far (evaluation not counted)",
     "budget/transition_gradients": "transitions whose gradient with respect to the parameters was taken so far",
-    "budget/model_forwards": "network evaluations in training so far, one per latent; guidance and recomputation count",
+    "budget/model_forwards": "network evaluations in training so far, one per latent; guidance counts twice, "
+    "the blocks that gradient checkpointing computes again do not count",
     "budget/seconds": "wall-clock seconds of training so far, evaluation and loading not counted",
 }
 """Every metric all methods report. A method may add its own under its name, as in `dpok/clip_fraction`;

@@ -55,7 +55,8 @@ def calibrate(spec: TrialSpec, problem: Problem) -> Regulariser:
         y0 = problem.generators.normal("normaliser", (n, *model.latent_shape))
         W = problem.generators.normal("normaliser", (model.chain.T, n, *model.latent_shape))
         final = rollout(model, y0, W, problem.micro_batch).y[-1]
-        rewards = torch.cat([problem.score(part) for part in final.split(problem.micro_batch)]).double().cpu()
+        with problem.rewarding():
+            rewards = problem.score(final).double().cpu()
     lam = normaliser(found, rewards, spec.beta)
     phi = found.phi((rewards - lam) / spec.beta)
     metrics = {

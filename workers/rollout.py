@@ -7,7 +7,7 @@ Trajectories   the sampled chains, float32, generation order
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +117,8 @@ class Problem:
     """How rewards are called: (name, reward, pictures, prompts) to (B,)."""
     names: tuple[str, str] = ("reward", "judge")
     """What the reward and the judge are called in messages."""
+    offloaded: Sequence[nn.Module] = ()
+    """Networks that stand in main memory but for the time within `rewarding`."""
 
     @property
     def beta_initial(self) -> float:
@@ -145,11 +147,26 @@ class Problem:
         W = self.generators.normal("rollout", (self.chain.T, *shape))
         return rollout(self.model, y0, W, self.micro_batch)
 
+    @contextmanager
+    def rewarding(self) -> Iterator[None]:
+        """Around a decoding, a reward and the gradient of both: what is offloaded is on the device within it."""
+        for network in self.offloaded:
+            network.to(self.model.device)
+        try:
+            yield
+        finally:
+            for network in self.offloaded:
+                network.to("cpu")
+
     def score(self, y: Tensor) -> Tensor:
-        """The rewards to train on, (N,), of final latents; counted as queries; differentiable if the reward is."""
+        """The rewards to train on, (N,), of final latents, `micro_batch` pictures at a time; counted as queries;
+        differentiable if the reward is. Call it within `rewarding`."""
         self.budget.reward_queries += len(y)
-        rewards = self.guard(self.names[0], self.reward, self.model.decode(y), [self.prompt] * len(y))
+        rewards = torch.cat([self._reward(part) for part in y.split(self.micro_batch)])
         return rewards if self.transform is None else self.transform(rewards)
+
+    def _reward(self, y: Tensor) -> Tensor:
+        return self.guard(self.names[0], self.reward, self.model.decode(y), [self.prompt] * len(y))
 
     def step_kls(self, kls: Tensor) -> Tensor:
         """(T, N) step KLs weighted by beta_k."""

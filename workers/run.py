@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from workers import checkpoint
 from workers.core.divergence import NotPositive
@@ -100,7 +101,7 @@ class Trial:
 def build(spec: TrialSpec, folder: TrialFolder, device: str, micro_batch: int | None = None) -> Trial:
     """Load the components a spec names and put them together; `micro_batch` where the spec's own did not fit."""
     generators = Generators(spec.seed)
-    model = build_model(spec, generators, device)
+    model = build_model(spec, generators, device, micro_batch)
     reward = locate(spec.reward["_target_"])(**settings(spec.reward), device=device)
     judge = None if spec.judge is None else locate(spec.judge["_target_"])(**settings(spec.judge), device=device)
     problem = Problem(
@@ -113,11 +114,22 @@ def build(spec: TrialSpec, folder: TrialFolder, device: str, micro_batch: int | 
         generators=generators,
         budget=Budget(),
         initial=initial_law_of(spec, model),
+        offloaded=_offloaded(model, reward, judge),
         names=(f"reward={spec.reward['name']}", f"judge={(spec.judge or {}).get('name')}"),
     )
     method_class = locate(spec.method["_target_"])
     method = method_class(problem, method_class.Config(**settings(spec.method)))
     return Trial(spec, folder, model, reward, judge, problem, method, generators)
+
+
+def _offloaded(model: TrainedModel, *rewards: Reward | None) -> list[nn.Module]:
+    """The networks of a model that offloads, and those of its rewards, in main memory."""
+    networks = list(getattr(model, "offloaded", ()))
+    for reward in rewards if networks else ():
+        networks += [] if reward is None else [part for part in vars(reward).values() if isinstance(part, nn.Module)]
+    for network in networks:
+        network.to("cpu")
+    return networks
 
 
 def initial_law_of(spec: TrialSpec, model: TrainedModel) -> GaussianInitialLaw | None:
@@ -127,9 +139,9 @@ def initial_law_of(spec: TrialSpec, model: TrainedModel) -> GaussianInitialLaw |
     )
 
 
-def build_model(spec: TrialSpec, generators: Generators, device: str) -> Any:
+def build_model(spec: TrialSpec, generators: Generators, device: str, micro_batch: int | None = None) -> Any:
     """The model a spec names, its adapter drawn from the generator `lora_init`."""
-    return locate(spec.model["_target_"])(
+    model = locate(spec.model["_target_"])(
         **settings(spec.model),
         prompt=spec.prompt,
         sampler=spec.sampler,
@@ -137,6 +149,9 @@ def build_model(spec: TrialSpec, generators: Generators, device: str) -> Any:
         generators=generators,
         device=device,
     )
+    if hasattr(model, "pass_rows"):
+        model.pass_rows = micro_batch or spec.train.micro_batch
+    return model
 
 
 @dataclass(frozen=True)

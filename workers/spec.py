@@ -317,6 +317,8 @@ class TrialSpec:
             del content["train"]["lr_schedule"]
         for name in self._idle():
             del content[name]
+        for name in getattr(self._model_class(), "placement", ()):
+            content["model"].pop(name, None)
         return content
 
     def _idle(self) -> list[str]:
@@ -324,10 +326,15 @@ class TrialSpec:
         idle = [name for name in ("beta_rate", "regulariser_order") if getattr(self, name) is None]
         if self.regulariser == "kl":
             idle.append("regulariser_samples")
-        with suppress(ImportError, AttributeError, ValueError):  # a class of another machine's: all models but few have
-            if not getattr(locate(self.model["_target_"]), "has_adapter", True):
-                idle.append("lora")
+        if not getattr(self._model_class(), "has_adapter", True):
+            idle.append("lora")
         return idle
+
+    def _model_class(self) -> Any:
+        """None for a class of another machine's."""
+        with suppress(ImportError, AttributeError, ValueError):
+            return locate(self.model["_target_"])
+        return None
 
     @property
     def key(self) -> str:

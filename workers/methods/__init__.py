@@ -5,6 +5,7 @@
     __init__(problem, config)
     step() -> dict  one gradient step (sampling when it is due); returns metrics, never logs
     state_dict() / load_state_dict(state)      everything a resumed run needs beyond the adapter and the generators
+    passes(spec, controlled, rows)             what a gradient step takes; a method without it has no estimated cost
 
 A new method is one such file and one YAML whose `_target_` names the class.
 """
@@ -12,7 +13,7 @@ A new method is one such file and one YAML whose `_target_` names the class.
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,28 @@ class Method(Protocol):
     def step(self) -> dict[str, float]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Passes(NamedTuple):
+    """How many transitions (of the last two: pictures) go through each kind of network pass in one gradient step,
+    averaged over the steps of one sampling. `passes` of a method counts them, from the spec, the number of controlled
+    steps of the chain, and `rows(n)`: as many as n transitions take, cut into micro-batches (more than n where short
+    ones are padded)."""
+
+    controls: float = 0.0
+    """The present control, no gradient."""
+    pretrained: float = 0.0
+    """The pre-trained control, no gradient."""
+    gradients: float = 0.0
+    """The present control and back to the parameters."""
+    adjoints: float = 0.0
+    """The present control and back to parameters and state."""
+    pretrained_adjoints: float = 0.0
+    """The pre-trained control and back to the state."""
+    pictures: float = 0.0
+    """Decoded and rewarded, no gradient."""
+    picture_gradients: float = 0.0
+    """Decoded and rewarded, and back to the latents."""
 
 
 def check_config(config: type, spec: TrialSpec) -> list[str]:

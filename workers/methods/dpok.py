@@ -32,7 +32,7 @@ What differs from the official code: one prompt per trial, so the value network 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.core.chain import Chain
-from workers.methods import check_config, clip_and_step, finite, optimiser
+from workers.methods import Passes, check_config, clip_and_step, finite, optimiser
 from workers.rollout import Problem, pretrained_controls, rewards_to_go, transition_steps, transitions
 from workers.spec import TrialSpec, choice, integer, number
 
@@ -92,6 +92,8 @@ class DPOKConfig:
         return found
 
 
+FRESH = 0.1
+"""The share of the clip that rounding may use up in the first step."""
 COLUMNS = ("k", "y", "y_next", "s", "log_p", "goal")
 
 
@@ -166,16 +168,18 @@ class DPOK:
 
     def step(self) -> dict[str, float]:
         with self.problem.costs():
+            first = not self.replay.columns
             if self.inner == 0:
                 self._sample()
             batch = self.replay.draw(self.config.batch, self.problem.generators["replay"])
-            loss, clipped = self._policy_gradient(batch)
+            loss, clipped, moved = self._policy_gradient(batch)
+            fresh = self._check_fresh(moved) if first else {}
             loss += self._start_gradient()
             norm = clip_and_step(
                 self.adam, self.problem.parameters(), self.config.max_grad_norm, self.problem.lr_factor
             )
         self.inner = (self.inner + 1) % self.config.inner_steps
-        return {**self.sampled, "train/loss": loss, "train/grad_norm": norm, "dpok/clip_fraction": clipped}
+        return {**self.sampled, **fresh, "train/loss": loss, "train/grad_norm": norm, "dpok/clip_fraction": clipped}
 
     def _sample(self) -> None:
         """Sample chains, score them, and put their transitions into the buffer."""
@@ -183,7 +187,7 @@ class DPOK:
         trajectories = problem.sample()
         steps = transition_steps(chain, problem.trajectories)
         y, y_next, u = (transitions(x) for x in (trajectories.y[:-1], trajectories.y[1:], trajectories.u))
-        with torch.no_grad():
+        with torch.no_grad(), problem.rewarding():
             rewards = finite("the reward", problem.score(trajectories.y[-1]))
         s = pretrained_controls(problem.model, steps, y, problem.micro_batch)
         kls = chain.step_kl(steps, u, s).view(chain.T, -1)
@@ -220,24 +224,38 @@ class DPOK:
             return batch["goal"] - self.value(batch["k"], batch["y"])
         return batch["goal"] - (self.replay.columns["goal"].mean() if self.config.baseline == "mean" else 0.0)
 
-    def _policy_gradient(self, batch: dict[str, Tensor]) -> tuple[float, float]:
-        """Leave the loss's gradient in .grad, micro-batch by micro-batch; returns the loss and the clipped fraction."""
+    def _policy_gradient(self, batch: dict[str, Tensor]) -> tuple[float, float, float]:
+        """Leave the loss's gradient in .grad, micro-batch by micro-batch; returns the loss, the clipped fraction and
+        the largest |log p_theta - log p_old|, nats."""
         problem, count = self.problem, len(batch["k"])
         advantage, limit = self._advantage(batch), self.config.clip_nats / self.d
-        total = torch.zeros((), dtype=advantage.dtype, device=advantage.device)
-        clipped = 0
+        total, clipped, moved = (torch.zeros((), dtype=advantage.dtype, device=advantage.device) for _ in range(3))
         for part, A in _micro_batches(batch, advantage, problem.micro_batch):
             k, y = part["k"], part["y"]
             u = problem.model.control(k, y)
-            ratio = torch.exp((problem.chain.log_prob(k, y, u, part["y_next"]) - part["log_p"]) / self.d)
+            log_ratio = problem.chain.log_prob(k, y, u, part["y_next"]) - part["log_p"]
+            ratio = torch.exp(log_ratio / self.d)
             penalty = self.weight[k].to(u) * (u - part["s"]).flatten(1).square().sum(1)
             terms = -A * ratio.clamp(1 - limit, 1 + limit) + penalty / self.d
             loss = self.config.reward_weight * terms.sum() / count
             loss.backward()
             total += loss.detach()
-            clipped += int(((ratio - 1).abs() > limit).sum())
+            clipped += ((ratio.detach() - 1).abs() > limit).sum()
+            moved = torch.maximum(moved, log_ratio.detach().abs().max())
         problem.budget.transition_gradients += count
-        return finite("the loss", total).item(), clipped / count
+        return finite("the loss", total).item(), clipped.item() / count, moved.item()
+
+    def _check_fresh(self, moved: float) -> dict[str, float]:
+        """In the first step all data is the present control's own, and every ratio must be 1: raises RuntimeError where
+        one is off by a tenth of the clip or more (as with states or probabilities kept in half precision)."""
+        bound = FRESH * self.config.clip_nats
+        if moved > bound:
+            raise RuntimeError(
+                f"the ratio of fresh data is not 1: log p_theta - log p_old is up to {moved:.3g} nats before any step, "
+                f"and of method.clip_nats={self.config.clip_nats:g} rounding may take {bound:.3g}; sampling and "
+                "training compute different probabilities: try model.dtype=fp32, and report it"
+            )
+        return {"dpok/fresh_log_ratio_max": moved}
 
     def _start_gradient(self) -> float:
         """Add the gradient of the initial law's share of the loss to .grad; returns it."""
@@ -287,6 +305,16 @@ class DPOK:
         if self.value is not None:
             self.value.load_state_dict(state["value"]["net"])
             self.value_adam.load_state_dict(state["value"]["adam"])
+
+    @staticmethod
+    def passes(spec: TrialSpec, controlled: int, rows: Callable[[int], int]) -> Passes:
+        """Network passes per gradient step; see Passes. A step takes a whole `batch`, as it does once the buffer has
+        that many."""
+        T, N, K = spec.sampler.steps, spec.train.trajectories, int(spec.method["inner_steps"])
+        batch = min(int(spec.method["batch"]), int(spec.method["buffer"]))
+        return Passes(
+            controls=T * rows(N) / K, pretrained=rows(T * N) / K, gradients=float(rows(batch)), pictures=N / K
+        )
 
 
 def kl_weights(chain: Chain, beta: Tensor, kl: str) -> Tensor:

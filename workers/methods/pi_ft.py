@@ -24,6 +24,7 @@ state's gradient: transitions of many time steps share a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from workers.core.chain import at
-from workers.methods import check_config, clip_and_step, finite, optimiser
+from workers.methods import Passes, check_config, clip_and_step, finite, optimiser
 from workers.rollout import Problem, Trajectories, pretrained_controls, rewards_to_go, transition_steps, transitions
 from workers.spec import TrialSpec, choice, integer, locate, number
 
@@ -126,24 +127,33 @@ class PIFT:
         problem, chain = self.problem, self.problem.chain
         a, s, start = (torch.empty_like(x) for x in (trajectories.W, trajectories.W, trajectories.y[0]))
         kls = trajectories.W.new_zeros(trajectories.W.shape[:2])
-        rewards, loss = [], 0.0
+        loss = torch.zeros((), dtype=a.dtype, device=a.device)
+        rewards, slopes = self._reward_gradients(trajectories.y[-1])
         for rows in _chunks(problem.trajectories, problem.micro_batch):
-            y_T = trajectories.y[-1, rows].clone().requires_grad_()
-            reward = finite("the reward", problem.score(y_T))
-            rewards.append(reward.detach())
-            (costate,) = torch.autograd.grad(reward.sum(), y_T)
+            costate = slopes[rows]
             for k in reversed(range(chain.T)):
                 a[k, rows] = costate
                 costate, s[k, rows], kls[k, rows], part = self._adjoint(k, trajectories.y[k, rows], costate)
                 loss += part
             start[rows] = costate
         problem.budget.transition_gradients += int(chain.controlled.sum()) * problem.trajectories
-        self._keep(torch.cat(rewards), kls)
+        self._keep(rewards, kls)
         targets = Targets(y=trajectories.y[:-1], s=s, a=a, start=start, noise=self._noise(trajectories))
         loss += self._improve_start(targets)
         if self.config.inner_steps > 1:
             self.targets = targets
-        return finite("the loss", torch.tensor(loss)).item()
+        return finite("the loss", loss).item()
+
+    def _reward_gradients(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """r(Y_T), (N,), and its gradient, (N, *latent), micro-batch by micro-batch."""
+        rewards, slopes = [], []
+        with self.problem.rewarding():
+            for part in final.split(self.problem.micro_batch):
+                y_T = part.clone().requires_grad_()
+                reward = finite("the reward", self.problem.score(y_T))
+                slopes.append(torch.autograd.grad(reward.sum(), y_T)[0])
+                rewards.append(reward.detach())
+        return torch.cat(rewards), torch.cat(slopes)
 
     def _noise(self, trajectories: Trajectories) -> Tensor:
         y0 = trajectories.y[0]
@@ -162,7 +172,7 @@ class PIFT:
         loss.backward()
         return loss.item()
 
-    def _adjoint(self, k: int, y: Tensor, costate: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+    def _adjoint(self, k: int, y: Tensor, costate: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
         """a_k from a_{k+1} by one recomputed transition: H = <a_{k+1}, mean_k(y, u)> - beta_k w_k |u - s|^2,
         a_k = dH/dy; -dH/dtheta / N is added to the parameters' gradients. Also s_k(y), the step KLs, the loss."""
         problem, chain = self.problem, self.problem.chain
@@ -175,14 +185,15 @@ class PIFT:
         H = (costate * chain.mean(k, y, u)).sum() - penalty
         (-H / problem.trajectories).backward()
         assert y.grad is not None
-        loss = (penalty - (at(chain.B, k, u) * costate * u).sum()).item() / problem.trajectories if controlled else 0.0
+        part = penalty - (at(chain.B, k, u) * costate * u).sum()
+        loss = part.detach() / problem.trajectories if controlled else 0.0
         return -y.grad * problem.trajectories, s.detach(), kl.detach(), loss
 
     def _score_targets(self, trajectories: Trajectories) -> Targets:
         """a_{k+1} = (G_k - b_k) W_k / sigma_k, b_k the mean of the other chains' G_k (independent of W_k: no bias)."""
         problem, chain = self.problem, self.problem.chain
         steps = transition_steps(chain, problem.trajectories)
-        with torch.no_grad():
+        with torch.no_grad(), problem.rewarding():
             rewards = finite("the reward", problem.score(trajectories.y[-1]))
         s = pretrained_controls(problem.model, steps, transitions(trajectories.y[:-1]), problem.micro_batch)
         kls = chain.step_kl(steps, transitions(trajectories.u), s).view(chain.T, -1)
@@ -227,6 +238,20 @@ class PIFT:
         self.adam.load_state_dict(state["adam"])
         self.inner, self.sampled = state["inner"], state["sampled"]
         self.targets = None if state["targets"] is None else Targets(**state["targets"])
+
+    @staticmethod
+    def passes(spec: TrialSpec, controlled: int, rows: Callable[[int], int]) -> Passes:
+        """Network passes per gradient step; see Passes."""
+        T, N, K = spec.sampler.steps, spec.train.trajectories, int(spec.method["inner_steps"])
+        regressed = float(rows(controlled * N))
+        if spec.method["estimator"] == "score":
+            each = {"pretrained": rows(T * N) / K, "pictures": N / K, "gradients": regressed}
+        else:
+            each = {
+                "adjoints": controlled * rows(N) / K, "pretrained_adjoints": T * rows(N) / K,
+                "picture_gradients": N / K, "gradients": regressed * (K - 1) / K,
+            }  # fmt: skip
+        return Passes(controls=T * rows(N) / K, **each)
 
 
 def _chunks(count: int, size: int) -> list[slice]:
