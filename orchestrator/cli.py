@@ -1,4 +1,4 @@
-"""`pift`: plan, launch, status, stop, retry, compare, sample, ui, doctor.
+"""`pift`: plan, launch, status, stop, retry, compare, sample, promote, ui, doctor.
 
 Exit codes: 0 all done, 1 a fault of pift's own, 2 bad input or plan, 3 some trials failed, 4 budget reached,
 130 interrupted.
@@ -122,7 +122,7 @@ def plan(options: argparse.Namespace) -> int:
         grid = _compose(options)
         store = Store(grid.config["store"])
         store.refresh()
-        found = difference(grid, store)
+        found = difference(grid, store, options.device)
     if options.json:
         print(found.text())
     else:
@@ -247,6 +247,20 @@ def sample(options: argparse.Namespace) -> int:
 
     for path in draw(store, options.key, options.n, options.out, at=options.at):
         print(path)
+    return 0
+
+
+def promote(options: argparse.Namespace) -> int:
+    """Register a trained adapter in MLflow."""
+    store = _store(options)
+    from orchestrator.promote import promote as register
+
+    with _stdout_kept():
+        found = register(store, options.key, name=options.name, alias=options.alias, uri=options.uri)
+    if options.json:
+        print(json.dumps(found.row(), indent=1))
+    else:
+        print(*found.lines(), sep="\n")
     return 0
 
 
@@ -388,6 +402,7 @@ exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 4 
     _add_retry(commands)
     _add_compare(commands)
     _add_sample(commands)
+    _add_promote(commands)
     _add_ui(commands)
     _add_doctor(commands)
     return parser
@@ -450,18 +465,25 @@ def _add_plan(commands: Any) -> None:
         "  ~  resumable or stale: it continues  =  done\n"
         "  !  failed or diverged: left alone    ↻  failed: runs again (retry_failed=true)\n"
         "  ·  waits: the budget is too small    -  orphan: no longer in the grid; its trial stays in the store\n"
-        "Hours are estimated from the trials that have finished in this store.",
+        "Hours are those of the trials that have finished in this store. For trials that never ran, hours and memory\n"
+        "are estimated from the networks' architecture, for the GPU at hand or the one that --device names.",
         "  pift plan sweep=quickstart\n  pift plan method=pi_ft,dpok beta=0.01,0.1,1\n"
         "  pift plan sweep=four_prompts seed=range(0,5) budget.hours=8      what fits into eight trial-hours\n"
         "  pift plan --conf my_conf method=mine prompts=my_set prompt=first\n"
+        "  pift plan sweep=paper --device A100                              GPU-hours and memory, nothing is loaded\n"
         "  pift plan sweep=quickstart --json | jq .counts\n",
     )  # fmt: skip
     _add_overrides(parser)
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="a GPU (A100, A100-40GB, H100, RTX 4090, ...; a wrong name lists all) or cpu: whose hours are printed",
+    )
     parser.add_argument("--all", action="store_true", help="every cell, where more than 60 would be counted by arm")
     parser.add_argument(
         "--json",
         action="store_true",
-        help='{"sweep", "cells": [...], "counts", "orphans", "estimate", "budget"} on stdout and nothing else',
+        help='{"sweep", "cells": [...], "counts", "orphans", "estimate", "budget", "absent_weights"} and nothing else',
     )
 
 
@@ -477,7 +499,7 @@ def _add_launch(commands: Any) -> None:
         "  pift launch sweep=quickstart executor=ray executor.address=auto tracking.uri=http://host:5000   a cluster\n",
     )  # fmt: skip
     _add_overrides(parser)
-    parser.set_defaults(all=False)
+    parser.set_defaults(all=False, device=None)
     parser.add_argument("--dry-run", action="store_true", help="the same as pift plan")
     parser.add_argument("--json", action="store_true", help="the end states as JSON on stdout and nothing else")
 
@@ -561,6 +583,30 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--n", type=int, default=8, help="how many (default: 8)")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("samples"), help="folder (default: samples)")
     _add_store(parser, sweep=False)
+
+
+def _add_promote(commands: Any) -> None:
+    parser = _add(
+        commands, "promote", promote, "register a trained adapter in MLflow, for others to load",
+        "Make the adapter of a finished trial a version of a registered model in MLflow. The version's tags and page\n"
+        "say what it was trained for, its reward, path KL and J, and how to load it: in plain diffusers, or with\n"
+        "mlflow.diffusers. The same trial under the same name stays one version; an --alias moves to it.\n"
+        "Where MLflow has not seen the trial (tracking=none), its sweep is sent first.",
+        "  pift promote 3f0c91                             as a version of pift-<model>-<prompt id>\n"
+        "  pift promote 3f0c91 --alias champion            others load models:/pift-toyland-counting@champion\n"
+        "  pift promote 3f0c91 --name wolves --uri http://mlflow:5000\n"
+        "  pift promote 3f0c91 --json | jq -r .model_uri\n",
+    )  # fmt: skip
+    parser.add_argument("key", metavar="KEY", help="the trial's key, or its first digits (pift status lists the keys)")
+    parser.add_argument("--name", help="the registered model (default: pift-<model>-<prompt id>)")
+    parser.add_argument("--alias", help="a name for this version, taken from the version that had it (default: none)")
+    parser.add_argument(
+        "--uri", metavar="URI", help="the MLflow to register in (default: where the trial's run is, else the store's)"
+    )
+    _add_store(parser, sweep=False)
+    parser.add_argument(
+        "--json", action="store_true", help='{"name", "version", "created", "model_uri", "tags", ...} and nothing else'
+    )
 
 
 def _add_ui(commands: Any) -> None:

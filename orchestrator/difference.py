@@ -6,7 +6,9 @@
     ·  it would run, and the budget is too small
     -  orphan: a cell of the sweep's last plan that the grid no longer has; its trial stays in the store
 
-Nothing is written.
+Hours are those of this store's finished trials; for cells that none of these stands for, those of
+orchestrator/forecast.py, where a GPU is named or at hand, and marked as estimated. A budget counts measured hours
+alone, as a launch does. Nothing is written.
 """
 
 from __future__ import annotations
@@ -15,14 +17,20 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import ledger
 from orchestrator.errors import UserError
+from orchestrator.forecast import Forecast, Piece, Target, at_hand, digits, forecast, possible, target_of
 from orchestrator.grid import Cell, Plan
 from orchestrator.ledger import Store
-from orchestrator.schedule import Budget, Estimate, Left, Share, Speeds, Work, device, estimate, order, slots
+from orchestrator.schedule import Budget, Estimate, Left, Share, Speed, Speeds, Work, device, estimate, order, slots
+from orchestrator.weights import missing
+
+if TYPE_CHECKING:
+    from workers.spec import TrialSpec
+    from workers.weights import Weights
 
 SYMBOLS = {
     "run": "+", "continue": "~", "retry": "↻", "wait": "·", "running": ">", "done": "=", "leave": "!", "orphan": "-",
@@ -60,31 +68,44 @@ class Account:
 @dataclass(frozen=True)
 class Difference:
     """The cells of a plan beside what the store has. `rows` and `orphans` are a plan's rows and, in each, state, step,
-    steps, class, message, action (SYMBOLS), shared_with (other sweeps) and estimated_seconds (None: not measured)."""
+    steps, class, message, action (SYMBOLS), shared_with (other sweeps), estimated_seconds (None: not known) and
+    source: "measured" (by finished trials), "estimated" (from the architecture) or None."""
 
     sweep: str
     axes: list[str]
     rows: list[dict[str, Any]]
     orphans: list[dict[str, Any]]
     estimate: Estimate
-    device: str
+    target: Target
+    """What the hours are asked for."""
     account: Account | None
     """None without a budget."""
+    forecast: Forecast | None = None
+    """None where nothing was to be estimated, or there is no GPU that it could be estimated for."""
+    absent: Sequence[Weights] = ()
+    """What the cells that are to run need and this machine lacks."""
 
     def text(self) -> str:
         """The one JSON object of --json, a cell a line."""
         head = {"sweep": self.sweep, "counts": dict(Counter(row["state"] for row in self.rows))}
-        tail = {"estimate": self._estimate_row(), "budget": self.account.row() if self.account else None}
+        tail: dict[str, Any] = {"estimate": self._estimate_row()}
+        tail["budget"] = self.account.row() if self.account else None
         parts = [f'"{name}": {_json(value)}' for name, value in head.items()]
         for name, rows in (("cells", self.rows), ("orphans", self.orphans)):
             parts.append(f'"{name}": [' + ",".join(f"\n {_json(row)}" for row in rows) + "]")
+        tail["absent_weights"] = [{"what": entry.what, "fetch": entry.fetch} for entry in self.absent]
         parts += [f'"{name}": {_json(value)}' for name, value in tail.items()]
         return "{" + ",\n".join(parts) + "}"
 
     def _estimate_row(self) -> dict[str, Any]:
         shares = {name: _share_row(share) for name, share in self.estimate.methods.items()}
-        total = {"trial_hours": self.estimate.hours, "unknown_cells": self.estimate.unknown, "device": self.device}
-        return total | {"slots": self.estimate.slots, "wall_hours": self.estimate.wall_hours, "methods": shares}
+        total = {"trial_hours": self.estimate.hours, "unknown_cells": self.estimate.unknown, "device": self.target.name}
+        total |= {"slots": self.estimate.slots, "wall_hours": self.estimate.wall_hours, "methods": shares}
+        return total | {"forecast": self.forecast.row(self._estimated) if self.forecast else None}
+
+    @property
+    def _estimated(self) -> set[str]:
+        return {row["key"] for row in self.rows if row["source"] == "estimated"}
 
     def lines(self, everything: bool = False) -> Iterator[str]:
         """For people: the cells (with more than 60, their numbers by arm), then the sums."""
@@ -99,9 +120,12 @@ class Difference:
             yield from _table(names, [_row(row, self.axes) for row in rows]) if rows else ()
         yield self.summary
         if any(self.estimate.methods):
-            yield _hours_text(self.estimate, self.device)
+            yield _hours_text(self.estimate, self.target)
+            yield from self.forecast.lines(self._estimated) if self.forecast else ()
         if self.account:
             yield _budget_text(self.account, self.estimate.unknown)
+        for entry in self.absent:
+            yield f"not on this machine: {entry.what}; fetch it: {entry.fetch}"
 
     @property
     def summary(self) -> str:
@@ -120,8 +144,10 @@ class Difference:
         return f"Plan: {', '.join(parts)}{kept}"
 
 
-def difference(plan: Plan, store: Store) -> Difference:
-    """Compare a plan with the store."""
+def difference(plan: Plan, store: Store, device_named: str | None = None) -> Difference:
+    """Compare a plan with the store; hours for the device that is named, else for what the plan's trials run on.
+    Raises UserError for a device that nothing is known of."""
+    target = target_of(plan.config, device_named)
     rows = [cell.row() for cell in plan.cells]
     turns = [row["key"] for row in order(rows)]
     orphans = _orphans(store, plan.sweep, {cell.key for cell in plan.cells})
@@ -130,19 +156,29 @@ def difference(plan: Plan, store: Store) -> Difference:
     for cell, row in zip(plan.cells, rows, strict=True):
         state = states[cell.key]
         row |= {"state": state} | _detail(store, cell, state) | {"action": action(state, retry), "shared_with": []}
+        row |= {"estimated_seconds": 0.0, "source": None}
     for row in orphans:
         row |= {"state": states[row["key"]]} | ledger.detail(store.trial(row["key"])) | {"action": "orphan"}
-        row |= {"shared_with": [], "estimated_seconds": 0.0}
+        row |= {"shared_with": [], "estimated_seconds": 0.0, "source": None}
     _name_sharers(store, plan.sweep, rows)
-    where = device(plan.config)
+    specs = {cell.key: cell.spec for cell in plan.cells}
     budget = Budget.of(plan.config["budget"])
     used, begun = ledger.spent_by(store, plan.sweep) if budget else (0.0, set[str]())
-    found = _work(plan, store, rows, where, begun)
-    work = {key: found[key] for key in turns if key in found}
-    account = _admit(budget, used, begun, work, rows, store.now()) if budget else None
+    work = _work(rows, turns, specs, begun)
+    done = {row["key"]: specs[row["key"]].to_dict() for row in rows if row["action"] == "done"}
+    measured = _timed(work, specs, Speeds.measured(store, done), device(plan.config))
+    account = _admit(budget, used, begun, measured, rows, store.now()) if budget else None
+    if target.named:
+        measured = _timed(work, specs, Speeds.measured(store, done, target.counts), target.device)
     waiting = {row["key"] for row in rows if row["action"] == "wait"}
-    hours = estimate([piece for piece in work.values() if piece.key not in waiting], slots(plan.config))
-    return Difference(plan.sweep, list(plan.axes), rows, orphans, hours, where, account)
+    left = [piece for piece in measured if piece.key not in waiting]
+    target, found = _forecast(plan, target, left, specs)
+    left = _filled(left, found)
+    _time(rows, [piece for piece in measured if piece.key in waiting] + left)
+    absent = missing(specs[piece.key].to_dict() for piece in measured)
+    return Difference(
+        plan.sweep, list(plan.axes), rows, orphans, estimate(left, slots(plan.config)), target, account, found, absent
+    )
 
 
 def action(state: str, retry: bool) -> str:
@@ -186,27 +222,61 @@ def _name_sharers(store: Store, sweep: str, rows: Sequence[dict[str, Any]]) -> N
             done[key]["shared_with"].append(name)
 
 
-def _work(plan: Plan, store: Store, rows: Sequence[dict[str, Any]], where: str, begun: set[str]) -> dict[str, Work]:
-    """What is left of each cell that is to run; adds estimated_seconds to the rows."""
-    pairs = list(zip(plan.cells, rows, strict=True))
-    done = {cell.key: cell.spec.to_dict() for cell, row in pairs if row["action"] == "done"}
-    speeds, found = Speeds.measured(store, done), {}
-    for cell, row in pairs:
-        row["estimated_seconds"] = 0.0
-        if row["action"] in WORKING:
-            left = max(cell.spec.train.gradient_steps - max(row["step"] or 0, 0), 0)
-            speed = speeds.of(cell.spec.to_dict(), where) if speeds.like else None
-            found[cell.key] = Work(cell.key, cell.spec.method["name"], left, speed, cell.key in begun)
-            row["estimated_seconds"] = found[cell.key].seconds
+def _work(
+    rows: Sequence[dict[str, Any]], turns: Sequence[str], specs: Mapping[str, TrialSpec], begun: set[str]
+) -> list[Work]:
+    """What is left of each cell that is to run, in the order in which they start; no speeds yet."""
+    by_key = {row["key"]: row for row in rows if row["action"] in WORKING}
+    found = []
+    for key in turns:
+        if key in by_key:
+            left = max(specs[key].train.gradient_steps - max(by_key[key]["step"] or 0, 0), 0)
+            found.append(Work(key, specs[key].method["name"], left, None, key in begun))
     return found
 
 
+def _timed(work: Sequence[Work], specs: Mapping[str, TrialSpec], speeds: Speeds, where: str) -> list[Work]:
+    """The work at the speeds that were measured on a device."""
+    if not speeds.like:
+        return list(work)
+    return [replace(piece, speed=speeds.of(specs[piece.key].to_dict(), where)) for piece in work]
+
+
+def _forecast(
+    plan: Plan, target: Target, work: Sequence[Work], specs: Mapping[str, TrialSpec]
+) -> tuple[Target, Forecast | None]:
+    """What is estimated, where a GPU is named or hours are missing and a GPU is at hand; and the target, completed."""
+    if not target.named and all(piece.speed for piece in work):
+        return target, None
+    target = at_hand(target, plan.config)
+    pieces = [Piece(piece.key, specs[piece.key], piece.steps) for piece in work]
+    if target.gpu is not None:
+        return target, forecast(target, pieces)
+    hopeless = target.device == "cuda" and not possible(pieces)
+    return (target._replace(hint="") if hopeless else target), None
+
+
+def _filled(work: Sequence[Work], found: Forecast | None) -> list[Work]:
+    """The work, at estimated speeds where nothing was measured."""
+    speeds = found.speeds if found else {}
+    return [piece if piece.speed else replace(piece, speed=speeds.get(piece.key)) for piece in work]
+
+
+def _time(rows: Sequence[dict[str, Any]], work: Sequence[Work]) -> None:
+    """Put the hours into the rows."""
+    by_key = {piece.key: piece for piece in work}
+    for row in rows:
+        if (piece := by_key.get(row["key"])) is not None:
+            row["estimated_seconds"] = piece.seconds
+            row["source"] = None if piece.speed is None else "measured" if piece.speed.trials else "estimated"
+
+
 def _admit(
-    budget: Budget, used: float, begun: set[str], work: Mapping[str, Work], rows: Sequence[dict[str, Any]], now: float
+    budget: Budget, used: float, begun: set[str], work: Sequence[Work], rows: Sequence[dict[str, Any]], now: float
 ) -> Account:
     """Let the cells wait that do not fit."""
-    fitting = budget.admits(list(work.values()), used, len(begun), now)
-    waiting = [row for row in rows if row["key"] in work and row["key"] not in fitting]
+    refused = {piece.key for piece in work} - budget.admits(work, used, len(begun), now)
+    waiting = [row for row in rows if row["key"] in refused]
     for row in waiting:
         row["action"] = "wait"
     return Account(budget, used, len(begun), budget.left(used, len(begun), now), len(waiting))
@@ -261,29 +331,42 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _hours_text(found: Estimate, device: str) -> str:
+def _hours_text(found: Estimate, target: Target) -> str:
     """ "about 1.2 trial-hours, 0.6 h on 2 slots; measured: pi_ft 0.8 s/step on cpu (6 trials); dpok not measured yet
     on cpu"."""
-    known = [_speed_text(name, share, device) for name, share in found.methods.items() if share.speeds]
-    unknown = ", ".join(name for name, share in found.methods.items() if not share.speeds)
-    rest = [f"{unknown} not measured yet on {device}"] if unknown else []
-    if not known:
-        return f"hours not known: {rest[0]}"
-    about = "at least" if found.unknown else "about"
-    total = f"{about} {_hours(found.hours)} trial-hours".replace("about <", "under ")
+    shares = found.methods.items()
+    measured = [_speed_text(name, share, target.name) for name, share in shares if _speeds(share, measured=True)]
+    guessed = [f"{name} {_range(_speeds(share, measured=False))} s/step" for name, share in shares
+               if _speeds(share, measured=False)]  # fmt: skip
+    unknown = ", ".join(name for name, share in shares if not share.speeds)
+    rest = [f"{unknown} not measured yet on {target.name}"] if unknown else []
+    rest += [target.hint] if unknown and target.hint else []
+    if not measured and not guessed:
+        return f"hours not known: {'; '.join(rest)}"
+    total = f"{_total(found.hours, found.unknown > 0)} trial-hours"
     if found.wall_hours is not None:
-        slots_ = f"{found.slots} slot{'s' * (found.slots != 1)}"
-        total += f", {_hours(found.wall_hours).replace('<', 'under ')} h on {slots_}"
-    return "; ".join([total, f"measured: {', '.join(known)}", *rest])
+        total += f", {_hours(found.wall_hours)} h on {found.slots} slot{'s' * (found.slots != 1)}"
+    rest = [f"estimated: {', '.join(guessed)} on {target.name}"] * bool(guessed) + rest
+    return "; ".join([total, *[f"measured: {', '.join(measured)}"] * bool(measured), *rest])
+
+
+def _speeds(share: Share, measured: bool) -> list[Speed]:
+    """The measured speeds of a method, or the estimated ones."""
+    return [speed for speed in share.speeds if bool(speed.trials) == measured]
+
+
+def _range(speeds: Sequence[Speed]) -> str:
+    """ "0.8", or "0.8 to 1.2" from the fastest to the slowest."""
+    return " to ".join(dict.fromkeys(digits(speed.seconds) for speed in (speeds[0], speeds[-1])))
 
 
 def _speed_text(name: str, share: Share, device: str) -> str:
-    """One method's: "pi_ft 0.8 to 1.2 s/step on cpu (6 trials)"."""
-    several = " to ".join(dict.fromkeys(f"{speed.seconds:.2g}" for speed in (share.speeds[0], share.speeds[-1])))
-    trials = sum(speed.trials for speed in share.speeds)
-    like = "" if all(speed.exact for speed in share.speeds) else ", some with other settings"
+    """One method's measured speeds: "pi_ft 0.8 to 1.2 s/step on cpu (6 trials)"."""
+    speeds = _speeds(share, measured=True)
+    trials = sum(speed.trials for speed in speeds)
+    like = "" if all(speed.exact for speed in speeds) else ", some with other settings"
     rest = f", {share.unknown} cells not measured" if share.unknown else ""
-    return f"{name} {several} s/step on {device} ({trials} trial{'s' * (trials != 1)}{like}{rest})"
+    return f"{name} {_range(speeds)} s/step on {device} ({trials} trial{'s' * (trials != 1)}{like}{rest})"
 
 
 def _budget_text(account: Account, unknown: int) -> str:
@@ -305,16 +388,25 @@ def _budget_text(account: Account, unknown: int) -> str:
 
 def _share_row(share: Share) -> dict[str, Any]:
     speeds = [
-        {"seconds_per_step": speed.seconds, "trials": speed.trials, "exact": speed.exact} for speed in share.speeds
-    ]
+        {
+            "seconds_per_step": speed.seconds, "trials": speed.trials, "exact": speed.exact,
+            "source": "measured" if speed.trials else "estimated",
+        }
+        for speed in share.speeds
+    ]  # fmt: skip
     return {"cells": share.cells, "unknown_cells": share.unknown, "trial_hours": share.hours, "speeds": speeds}
 
 
 def _hours(hours: float) -> str:
     """Two digits, enough for an estimate."""
-    if hours < 0.01:
-        return "<0.01" if hours else "0"
-    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"
+    return "under 0.01" if 0 < hours < 0.01 else digits(hours)
+
+
+def _total(hours: float, more: bool) -> str:
+    """ "about 1.2" or "under 0.01"; where there is more than that, "at least 1.2"."""
+    if more:
+        return f"at least {digits(hours)}"
+    return _hours(hours) if 0 < hours < 0.01 else f"about {digits(hours)}"
 
 
 def _json(value: Any) -> str:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
@@ -58,6 +58,8 @@ COSTLESS = frozenset(
     {"_target_", "fingerprint", "lr", "weight_decay", "max_grad_norm", "reward_weight", "clip_nats", "value_lr"}
 )
 """The settings of a method that change what is computed, not how long it takes."""
+MODEL = ("name", "path", "dtype", "gradient_checkpointing", "channels_last", "offload")
+"""The settings of a model that do."""
 MOST_SPECS = 2_000
 """How many spec.json of trials outside the plan are read at most."""
 
@@ -68,6 +70,7 @@ class Speed:
 
     seconds: float
     trials: int
+    """0: nothing was measured, the speed is an estimate (orchestrator/forecast.py)."""
     exact: bool
     """False where no trial of the same cost has finished and others of the method and the model stand in."""
 
@@ -77,8 +80,8 @@ def cost_class(spec: Mapping[str, Any]) -> str:
     method = {name: value for name, value in spec["method"].items() if name not in COSTLESS}
     parts = [
         method,
-        [spec["model"].get(name) for name in ("name", "path", "dtype")],
-        [(spec[name] or {}).get("name") for name in ("reward", "judge")],
+        [spec["model"].get(name) for name in MODEL],
+        [(spec[name] or {}).get(setting) for name in ("reward", "judge") for setting in ("name", "dtype")],
         [spec["sampler"], spec["lora"]],
         [spec["train"][name] for name in ("trajectories", "micro_batch")],
         [spec["eval"][name] for name in ("every", "samples")],
@@ -97,10 +100,12 @@ class Speeds:
     """(method, model, device) -> speed, where the class was not measured."""
 
     @classmethod
-    def measured(cls, store: Store, specs: Mapping[str, Mapping[str, Any]]) -> Speeds:
+    def measured(
+        cls, store: Store, specs: Mapping[str, Mapping[str, Any]], counts: Callable[[Any], bool] = lambda name: True
+    ) -> Speeds:
         """The speeds of a store's finished trials. `specs` (key -> spec) are those at hand; of other trials only the
-        newest 2,000 count, whose spec.json are read."""
-        finished = _finished(store)
+        newest 2,000 count, whose spec.json are read. `counts` is asked about each device's name."""
+        finished = _finished(store, counts)
         others = sorted((key for key in finished if key not in specs), key=lambda key: -finished[key][2])
         same: dict[tuple[str, str], list[float]] = defaultdict(list)
         like: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -121,13 +126,13 @@ class Speeds:
         return like and self.same.get((cost_class(spec), device), like)
 
 
-def _finished(store: Store) -> dict[str, tuple[float, str, float]]:
+def _finished(store: Store, counts: Callable[[Any], bool]) -> dict[str, tuple[float, str, float]]:
     """Key -> (seconds per step, device, when it finished) of the trials whose DONE.json says so."""
     found = {}
     for key in store.trial_keys():
         done = sound_record(store.trial(key).done)
         device = done.get("device")
-        if _positive(done.get("seconds_per_step")) and isinstance(device, str):
+        if _positive(done.get("seconds_per_step")) and isinstance(device, str) and counts(done.get("device_name")):
             found[key] = done["seconds_per_step"], device, float(done.get("finished_at") or 0)
     return found
 

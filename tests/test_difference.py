@@ -13,7 +13,8 @@ import pytest
 from fakes import fake_trial
 
 from orchestrator import ledger
-from orchestrator.difference import Difference, action, difference
+from orchestrator.difference import Difference, _total, action, difference
+from orchestrator.errors import UserError
 from orchestrator.grid import Plan, compose
 from orchestrator.ledger import Launch, Store
 from workers.store import write_record
@@ -145,6 +146,26 @@ def test_hours_come_from_what_was_measured(store: Store) -> None:
     assert "pi_ft 2 s/step on cpu (1 trial, some with other settings)" in shown(other)
 
 
+@pytest.mark.parametrize(
+    ("hours", "more", "expected"),
+    [
+        (0.0, False, "about 0"), (0.004, False, "under 0.01"), (0.01, False, "about 0.01"), (1.26, False, "about 1.3"),
+        (1234.5, False, "about 1,234"), (0.0, True, "at least 0"), (0.004, True, "at least 0.004"),
+        (12.6, True, "at least 13"),
+    ],
+)  # fmt: skip
+def test_sums_of_hours_as_text(hours: float, more: bool, expected: str) -> None:
+    """Kills: "at least under 0.01", 0.00, an upper bound where cells are missing."""
+    assert _total(hours, more) == expected
+
+
+def test_hours_too_few_to_count(store: Store) -> None:
+    plan = planned(store, "method=pi_ft", "executor=ray", "executor.cpus=2")
+    filled(store, plan, ("done",))
+    assert "under 0.01 trial-hours, under 0.01 h on 2 slots; measured: pi_ft 2 s/step" in shown(difference(plan, store))
+    assert [row["source"] for row in difference(plan, store).rows] == [None, "measured"]
+
+
 def test_cells_beyond_the_budget_wait(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kills: a budget that is not used, orphans' hours forgotten, waiting cells in the hours."""
     old = planned(store, "beta=3", "method=pi_ft")
@@ -180,12 +201,14 @@ def test_json_is_one_object_with_everything(store: Store, monkeypatch: pytest.Mo
     plan = planned(store, "budget.deadline=2100-01-01T00:00")
     filled(store, plan, STATES)
     content = json.loads(difference(plan, store).text())
-    assert set(content) == {"sweep", "cells", "counts", "orphans", "estimate", "budget"}
+    assert set(content) == {"sweep", "cells", "counts", "orphans", "estimate", "budget", "absent_weights"}
+    assert content["absent_weights"] == []
     assert content["counts"] == {state: 1 for state in STATES} and content["orphans"] == []
     fields = {"key", "label", "prompt", "prompt_text", "beta", "method", "seed", "state", "step", "steps", "class"}
-    fields |= {"message", "action", "shared_with", "estimated_seconds"}
+    fields |= {"message", "action", "shared_with", "estimated_seconds", "source"}
     assert all(set(cell) == fields for cell in content["cells"])
-    assert set(content["estimate"]) == {"trial_hours", "unknown_cells", "device", "slots", "wall_hours", "methods"}
+    known = {"trial_hours", "unknown_cells", "device", "slots", "wall_hours", "methods", "forecast"}
+    assert set(content["estimate"]) == known and content["estimate"]["forecast"] is None
     assert content["estimate"]["methods"]["dpok_official"]["unknown_cells"] == 1
     assert content["budget"]["deadline"].startswith("2100-01-01T00:00") and content["budget"]["hours"] is None
     assert json.loads(difference(planned(store), store).text())["budget"] is None
@@ -237,3 +260,29 @@ def test_ten_thousand_cells_are_planned_in_seconds(option: str, tmp_path: Path) 
     code, seconds, kilobytes = done.stderr.splitlines()[-1].split()
     assert code == "0" and float(seconds) < 20 and float(kilobytes) < 1e6
     assert done.stdout.count("counting") >= 5000 and not (tmp_path / "store").exists()
+
+
+def test_absent_weights_are_named_and_stop_a_launch_on_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan needs no weights: it names them, in JSON too. A launch here stops before it writes; on a cluster it warns.
+    Kills: the trials' machine taken for this one, or the other way round."""
+    from orchestrator import weights
+    from orchestrator.cli import main
+
+    asked = ["model=sd15", "reward=compressibility", "method.estimator=score", "tracking=none"]
+    asked.append(f"store={tmp_path}/store")
+    assert main(["plan", *asked, "--json"]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["absent_weights"]
+    assert entry["fetch"].startswith("hf download stable-diffusion-v1-5/stable-diffusion-v1-5 model_index.json")
+    assert main(["plan", *asked]) == 0
+    assert f"not on this machine: {entry['what']}; fetch it: {entry['fetch']}" in capsys.readouterr().out
+    assert main(["launch", *asked]) == 2
+    assert f"{entry['what']} is not there: {entry['fetch']}" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists() or not any((tmp_path / "store").rglob("spec.json"))
+    (cell,) = compose(asked).cells
+    (warning,) = weights.refuse([cell.spec.to_dict()], {"executor": {"name": "ray", "address": "auto"}})
+    assert warning.startswith(entry["what"]) and "every machine of the cluster" in warning
+    for local in ({"name": "inline"}, {"name": "ray", "address": None}, {"name": "ray", "address": "local"}):
+        with pytest.raises(UserError, match="is not there: hf download"):
+            weights.refuse([cell.spec.to_dict()], {"executor": local})

@@ -20,7 +20,7 @@ from orchestrator import schedule
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
 from orchestrator.schedule import Budget, Speed, Speeds, Work, arm, estimate, order, slots
-from workers.store import record_text
+from workers.store import record_text, sound_record
 
 # ---- the order
 
@@ -135,6 +135,8 @@ OTHER = (
     {"method__inner_steps": 3}, {"sampler__steps": 50}, {"lora__rank": 8}, {"train__micro_batch": 5},
     {"train__trajectories": 20}, {"eval__every": 1}, {"eval__samples": 9}, {"regulariser": "chi_square"},
     {"initial_law": "gaussian"}, {"model__dtype": "fp16"}, {"reward__name": "other"}, {"judge": None},
+    {"model__gradient_checkpointing": True}, {"model__channels_last": True}, {"model__offload": True},
+    {"reward__dtype": "bf16"}, {"judge__dtype": "bf16"},
 )  # fmt: skip
 
 
@@ -154,6 +156,16 @@ def test_what_costs_time_makes_another_class(store: Store, change: dict[str, Any
     assert (seconds(found, spec()), seconds(found, spec(**change))) == (1.0, 7.0)
     only = Speeds({}, found.like).of(spec(**change), "cpu")
     assert only == Speed(4.0, 2, False)
+
+
+def test_the_devices_that_count_are_asked_for(store: Store) -> None:
+    """Kills: the filter unused, a device without a name left out when all count."""
+    finished(store, "a", 10.0, device="cuda")
+    finished(store, "b", 70.0, device="cuda")
+    done = store.trial("b").done
+    done.write_text(record_text({**sound_record(done), "device_name": "NVIDIA T4"}))
+    assert seconds(Speeds.measured(store, {}), spec(), "cuda") == 4.0
+    assert seconds(Speeds.measured(store, {}, lambda name: name == "NVIDIA T4"), spec(), "cuda") == 7.0
 
 
 def test_what_was_never_measured_is_not_known(store: Store) -> None:

@@ -92,17 +92,18 @@ def without_password(uri: str) -> str:
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
-def check_uri(uri: str | None) -> None:
-    """Raises UserError when `uri` is nothing that MLflow could keep runs in. Contacts nobody."""
+def check_uri(uri: str | None, named: str = "tracking.uri=", fix: str = FIX) -> None:
+    """Raises UserError when `uri`, which was given as `named`, is nothing that MLflow could keep runs in. Contacts
+    nobody."""
     if uri is None:
         return
     kind = uri.partition(":")[0].partition("+")[0].lower()
     if kind not in SCHEMES:
-        raise UserError(f"tracking.uri={uri!r} is not an address of an MLflow server or database; {FIX}")
+        raise UserError(f"{named}{uri!r} is not an address of an MLflow server or database; {fix}")
     if kind in SERVERS and not _web_address(uri):
-        raise UserError(f"tracking.uri={uri!r} is not a valid web address; {FIX}")
+        raise UserError(f"{named}{uri!r} is not a valid web address; {fix}")
     if kind == "sqlite" and not re.fullmatch(r"sqlite(\+\w+)?:///.+", uri):
-        raise UserError(f"tracking.uri={uri!r} needs three slashes and a file, as in sqlite:////data/mlflow.db; {FIX}")
+        raise UserError(f"{named}{uri!r} needs three slashes and a file, as in sqlite:////data/mlflow.db; {fix}")
 
 
 def _web_address(uri: str) -> bool:

@@ -64,10 +64,10 @@ def set_aside(path: Path) -> Path:
     return target
 
 
-def check_file(uri: str, path: Path, fix: str) -> None:
-    """Raises UserError when the database at `path` cannot be written or is damaged."""
+def check_file(uri: str, path: Path, fix: str, named: str = "tracking.uri=") -> None:
+    """Raises UserError when the database at `path` cannot be written or is damaged. `uri` was given as `named`."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"tracking.uri={uri!r}: cannot write {path}, or its folder does not exist; {fix}")
+        raise UserError(f"{named}{uri!r}: cannot write {path}, or its folder does not exist; {fix}")
     if (found := damage(path)) is not None:
         raise UserError(
             f"the MLflow database {path} is damaged ({found}); nothing is lost, the journals hold every point: "

@@ -4,6 +4,7 @@
                                            "offset", "step",         the cursor: how much of the journal was sent
                                            "pictures",               the step of the newest picture sent
                                            "params", "artifacts",    what was sent besides
+                                           "model",                  the adapter as a model of MLflow's
                                            "sweeps": [...],          the sweeps that the run says it belongs to
                                            "closed", "size"}}        its last status, and the journal's size then
     sweeps/<name>/mlflow.json   {"store": {"run_id", "experiment_id", "opening"}}

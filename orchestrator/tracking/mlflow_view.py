@@ -2,7 +2,8 @@
 
 The launch opens the runs, sets their statuses, sends pictures and files, and closes them. It sends the points too where
 MLflow is a database, with one writer at a time for all launches (a lock beside the database); a server gets them from
-the trials themselves while they run, and from the launch when they do not. What stands in the store about it: entry.py.
+the trials themselves while they run, and from the launch when they do not. What stands in the store about it: entry.py;
+what a trained adapter becomes: adapters.py.
 
 A run that somebody deleted, or whose database is gone, is made anew from the journal. A run whose mlflow.json is
 damaged or lost is found by its tags. MLflow gives a run one parent: a trial that two sweeps share has the sweep that
@@ -32,7 +33,7 @@ from mlflow.exceptions import MlflowException
 from orchestrator import ledger, tracking
 from orchestrator.ledger import FINAL, Store, Tail, mlflow_file
 from orchestrator.provenance import provenance
-from orchestrator.tracking import entry
+from orchestrator.tracking import adapters, entry
 from orchestrator.tracking.client import (
     BATCH_PARAMS,
     NAME,
@@ -86,7 +87,7 @@ class MlflowView:
         self.sweep = store.sweep(plan["sweep"])
         self.server = tracking.is_server(self.uri)
         self.client: MlflowClient | None = None
-        self.trials: dict[str, _TrialRun] = {}
+        self.trials: dict[str, TrialRun] = {}
         self.parent = ""
         self.experiment_id = ""
         self.points = 0
@@ -269,7 +270,7 @@ class MlflowView:
         """Find or create the run of a trial; no call at all where MLflow has the whole of it."""
         assert self.client is not None
         state, sweep = self._states[key], self.plan["sweep"]
-        run = self.trials[key] = _TrialRun(self.client, self.store.trial(key), key, self.place)
+        run = self.trials[key] = TrialRun(self.client, self.store.trial(key), key, self.place, self._lock)
         if run.is_whole(state) and sweep in run.entry.get("sweeps", []) and not self._verify:
             return
         if not usable(self.client, run.entry.get("run_id")):
@@ -281,7 +282,7 @@ class MlflowView:
         if not run.is_whole(state):
             self._active.append(key)
 
-    def _create(self, run: _TrialRun) -> str:
+    def _create(self, run: TrialRun) -> str:
         assert self.client is not None
         spec, sweep = self.plan["specs"][run.key], self.plan["sweep"]
         note = f"Prompt: {spec.get('prompt', '')}\n\n`pift sample {run.key}` draws from this adapter."
@@ -290,7 +291,7 @@ class MlflowView:
         created = self.client.create_run(self.experiment_id, run_name=self._cells[run.key], tags=cut_values(tags))
         return str(created.info.run_id)
 
-    def _search_trial(self, run: _TrialRun) -> str | None:
+    def _search_trial(self, run: TrialRun) -> str | None:
         """The run of a trial that the store does not remember, by its tags.
 
         A trial that has neither mlflow.json nor a journal begins anew (its folder was removed) and so does its run: new
@@ -328,7 +329,7 @@ class MlflowView:
         if run.has_begun():
             self._healing(key, lambda run: self._advance(run, ledger.state(run.folder), until))
 
-    def _advance(self, run: _TrialRun, state: str, until: float) -> None:
+    def _advance(self, run: TrialRun, state: str, until: float) -> None:
         if state == "running":
             run.status("RUNNING")
         if not (self.server and state == "running"):  # a trial at work sends to a server itself
@@ -342,7 +343,7 @@ class MlflowView:
         with contextlib.suppress(ValueError):
             self._active.remove(key)
 
-    def _healing(self, key: str, act: Callable[[_TrialRun], None]) -> None:
+    def _healing(self, key: str, act: Callable[[TrialRun], None]) -> None:
         """Act on a trial's run; where it is gone (deleted, or the database was), make it anew first."""
         assert self.client is not None
         try:
@@ -367,7 +368,7 @@ class MlflowView:
             return
         self._healing(key, lambda run: self._finish(run, state))
 
-    def _finish(self, run: _TrialRun, state: str) -> None:
+    def _finish(self, run: TrialRun, state: str) -> None:
         self.points += run.send()
         run.send_pictures()
         run.finish(state, self.plan["specs"][run.key])
@@ -394,11 +395,19 @@ class MlflowView:
         self.client.set_terminated(self.parent, status)
 
 
-class _TrialRun:
+class TrialRun:
     """One trial's run: how much MLflow has of it, and its status."""
 
-    def __init__(self, client: MlflowClient, folder: TrialFolder, key: str, place: str) -> None:
-        self.client, self.folder, self.key, self.place = client, folder, key, place
+    def __init__(
+        self,
+        client: MlflowClient,
+        folder: TrialFolder,
+        key: str,
+        place: str,
+        alone: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        """`alone`: within it no other launch creates anything."""
+        self.client, self.folder, self.key, self.place, self.alone = client, folder, key, place, alone
         self.entry = entry.read(mlflow_file(folder), place)
         self.shown: str | None = self.entry.get("closed")
         self._pictures: Tail | None = None
@@ -507,7 +516,7 @@ class _TrialRun:
         if self.is_whole(state):
             return
         if state == "done" and not self.entry.get("artifacts"):
-            self._send_files()
+            self._send_files(spec)
         tags = self._summary(state, spec)
         if tags != self.entry.get("tags", {}):
             for name in set(self.entry.get("tags", {})) - set(tags):
@@ -533,13 +542,32 @@ class _TrialRun:
             tags |= {f"failure.{name}": str(failure[name]) for name in ("class", "message")}
         return cut_values(tags)
 
-    def _send_files(self) -> None:
-        if self.folder.adapter.is_dir():
-            self.client.log_artifacts(self.run_id, str(self.folder.adapter), "adapter")
+    def _send_files(self, spec: Mapping[str, Any]) -> None:
+        if adapters.is_lora(self.folder, spec):
+            self.send_model(spec)
+        elif self.folder.adapter.is_dir():
+            self.client.log_artifacts(self.run_id, str(self.folder.adapter), adapters.NAME)
         for path in (self.folder.spec, self.folder.done):
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
         self._note(artifacts=True)
+
+    def send_model(self, spec: Mapping[str, Any]) -> str | None:
+        """The adapter as a model of mlflow.diffusers; its id. A server from before MLflow 3 gets the model's folder
+        as files of the run: None."""
+        try:
+            model = adapters.log_adapter(
+                self.client, self.entry["experiment_id"], self.run_id, self.folder, spec,
+                {param.key: param.value for param in params_of(flatten(spec))}, self.alone,
+            )  # fmt: skip
+        except adapters.NoModels:
+            with tempfile.TemporaryDirectory() as temporary:
+                place = Path(temporary) / adapters.NAME
+                adapters.write_model(self.folder, spec, place, run_id=self.run_id, artifact_path=adapters.NAME)
+                self.client.log_artifacts(self.run_id, str(place), adapters.NAME)
+            return None
+        self._note(model=model)
+        return model
 
     def _note(self, **values: Any) -> None:
         self.entry = entry.update(mlflow_file(self.folder), self.place, **values)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,12 +76,20 @@ def rebuild(
             done.skipped.append(name)
             say(f"sweep {name} is left out: {error}")
             continue
-        view = MlflowView(uri, store, plan, experiment=experiment, launching=False, verify=True)
-        view.open()
-        view.close(ledger.survey(store, view.keys))
+        view = rebuild_sweep(store, plan, uri, experiment=experiment)
         done.sweeps, done.trials, done.points = done.sweeps + 1, done.trials + len(view.keys), done.points + view.points
         say(f"sweep {name}: {len(view.keys)} trials, {view.points} points sent")
     return done
+
+
+def rebuild_sweep(
+    store: Store, plan: Mapping[str, Any], uri: str | None = None, *, experiment: str = tracking.EXPERIMENT
+) -> MlflowView:
+    """The same for one sweep; the view that did it."""
+    view = MlflowView(uri, store, plan, experiment=experiment, launching=False, verify=True)
+    view.open()
+    view.close(ledger.survey(store, view.keys))
+    return view
 
 
 def places(store: Store) -> list[str | None]:
