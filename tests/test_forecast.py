@@ -25,7 +25,8 @@ from workers.methods import Passes
 from workers.store import sound_record, write_record
 
 SD15 = ["model=sd15", "reward=image_reward", "resources=gpu", "executor=ray", "sampler.steps=4"]
-SD15 += ["eval.samples=4", "eval.pictures=2", "train.micro_batch=5", "method=pi_ft,dpok", "method.inner_steps=1", "train.gradient_steps=1000"]
+SD15 += ["eval.samples=4", "eval.pictures=2", "train.micro_batch=5", "method=pi_ft,dpok", "method.inner_steps=1"]
+SD15 += ["train.gradient_steps=1000"]
 
 
 @pytest.fixture

@@ -476,3 +476,58 @@ def test_half_precision_files_do_where_they_are_alone(checkpoint: Path, tmp_path
     plain = build(TrialSpec.from_dict(spec(checkpoint, dtype="fp16")), TrialFolder(tmp_path), "cpu").model
     with torch.no_grad():
         assert torch.equal(model.control(1, states(model, 2)), plain.control(1, states(plain, 2)))
+
+
+# --------------------------------------------------------------------------------------------- the papers' sweeps
+
+PROMPTS = {
+    "color": "A green colored rabbit", "composition": "A cat and a dog", "counting": "Four wolves in the park",
+    "location": "A dog on the moon",
+}  # fmt: skip
+
+
+def test_the_paper_s_sweeps() -> None:
+    """What the paper states (design notes, section 7), and DPOK's cells shared by the two sweeps. Kills: a number of
+    the paper's changed in a default; a full stop."""
+    from orchestrator.grid import compose
+
+    paper, pathwise = compose(["sweep=paper"]), compose(["sweep=paper_pathwise"])
+    assert len(paper.cells) == 4 * 3 * 2 * 3
+    keys = [{cell.key for cell in plan.cells if cell.spec.method["name"] == "dpok"} for plan in (paper, pathwise)]
+    assert keys[0] == keys[1] and len(keys[0]) == 36
+    for plan, estimator in ((paper, "score"), (pathwise, "pathwise")):
+        for cell in plan.cells:
+            spec = cell.spec
+            assert spec.prompt == PROMPTS[spec.prompt_id] and 0.01 in plan.axes["beta"]
+            assert (spec.sampler.steps, spec.train.trajectories, spec.train.gradient_steps) == (50, 10, 1000)
+            assert (spec.model["name"], spec.reward["name"]) == ("sd15", "image_reward")
+            method = spec.method
+            if method["name"] == "pi_ft":
+                assert (method["lr"], method["estimator"], method["inner_steps"]) == (3e-4, estimator, 1)
+            else:
+                assert (method["lr"], method["inner_steps"], method["batch"]) == (1e-5, 10, 50)
+    assert paper.config["resources"]["gpu"] == 1 and paper.config["executor"]["name"] == "ray"
+
+
+def test_dpok_s_own_sweep_has_its_own_weights() -> None:
+    """Its kl_weight .01 beside reward_weight 10, ratio clip 1e-4, 10,000 updates, 20,000 pictures, full stops."""
+    from diffusers import DDIMScheduler
+
+    from orchestrator.grid import compose
+    from workers.core.chain import beta_steps, ddim_chain
+    from workers.methods.dpok import kl_weights
+
+    scheduler = DDIMScheduler(**sd15.SCHEDULER)
+    scheduler.set_timesteps(50)
+    time = scheduler.timesteps
+    chain = ddim_chain(scheduler.alphas_cumprod, time, time - 20, float(scheduler.final_alpha_cumprod), 1.0)
+    plan = compose(["sweep=dpok_official"])
+    assert {cell.spec.prompt for cell in plan.cells} == {f"{prompt}." for prompt in PROMPTS.values()}
+    for cell in plan.cells:
+        spec, method = cell.spec, cell.spec.method
+        weight = kl_weights(chain, beta_steps(chain, spec.beta, "constant"), method["kl"])
+        native = weight / (1 - chain.abar) * method["reward_weight"]
+        assert native.tolist() == pytest.approx([0.01] * 50, rel=1e-4)
+        assert method["clip_nats"] / 16_384 == pytest.approx(1e-4)
+        assert (spec.train.gradient_steps, spec.sampler.guidance_scale, spec.lora.rank) == (10_000, 7.5, 4)
+        assert spec.train.gradient_steps / method["inner_steps"] * spec.train.trajectories == 20_000
