@@ -34,7 +34,7 @@ from workers.generators import Generators
 from workers.meter import Line, Measured, again, measure
 from workers.methods import Passes
 from workers.models import pipeline_files, sd15
-from workers.models.diffusion import DECODED_TOGETHER, DTYPES, DiffusionModel, _add_lora
+from workers.models.diffusion import DECODED_TOGETHER, DTYPES, DiffusionModel, add_lora
 from workers.spec import Lora, TrialSpec, locate, settings
 
 FRACTION = 0.35
@@ -98,7 +98,7 @@ class Sketch:
             if recomputed:
                 network.enable_gradient_checkpointing(again)
         self.unet_bytes, self.decoder_bytes = _bytes(self.unet), _bytes(self.vae)
-        self._layers = _add_lora(self.unet, lora, Generators(0))
+        self._layers = add_lora(self.unet, lora, Generators(0))
         adapter = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self.trained = sum(parameter.numel() for parameter in adapter)
         for parameter in adapter:

@@ -60,7 +60,9 @@ GPUS = (
     Gpu("V100 16GB", r"\bv100s?\b", 16, 125, None, None, 15.7, "NVIDIA's V100 datasheet, SXM2"),
     Gpu("T4", r"\bt4\b", 16, 65, None, None, 8.1, "NVIDIA's T4 datasheet"),
 )  # fmt: skip
-"""The first one whose mark is found is meant: special ones before general ones."""
+"""The first one whose mark is found is meant: special ones before general ones. No datasheet could be opened where this
+was written: A10G, H100 NVL, RTX A6000, RTX 6000 Ada, 5090, 4090 and 3090 are from memory, the others agree with pages
+that quote them."""
 
 
 def gpu_named(name: str) -> Gpu | None:

@@ -102,7 +102,7 @@ class DiffusionModel:
         self.chain = _chain(folder, sampler)
         size = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, size, size)
-        self._adapters = _add_lora(self.unet, lora, generators)
+        self._adapters = add_lora(self.unet, lora, generators)
         self._parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         self._switches = [vars(layer) for layer in self._adapters]  # past nn.Module's slow attribute setter
         self._crossing = Crossing(frozen, self._parameters)
@@ -372,7 +372,7 @@ def _chain(folder: Path, sampler: Sampler) -> Chain:
     return ddim_chain(scheduler.alphas_cumprod, timesteps, previous, float(scheduler.final_alpha_cumprod), sampler.eta)
 
 
-def _add_lora(unet: UNet2DConditionModel, lora: Lora, generators: Generators) -> list[Any]:
+def add_lora(unet: UNet2DConditionModel, lora: Lora, generators: Generators) -> list[Any]:
     """Put the adapter on the UNet and return its layers. A is drawn from the generator `lora_init`, B is zero: at the
     start the adapted network is the pre-trained one."""
     from peft import LoraConfig
