@@ -31,6 +31,7 @@ CASES = {
 }
 PRECISIONS = ("fp32", "fp16", "bf16")
 MISSING = "nobody/never-made"
+WEIGHTS = [f"{part}/{name}" for part, name in pipeline_files.WEIGHTS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -419,12 +420,12 @@ def test_absent_weights_are_named_with_their_command(checkpoint: Path, tmp_path:
     values = spec(checkpoint, model__path=MISSING, model__revision="abc123")
     checked = TrialSpec.from_dict(values)
     (entry,) = DiffusionModel.weights(checked.model)
-    assert not entry.present and f"hf download {MISSING} --revision abc123 model_index.json" in entry.fetch
-    assert "unet/diffusion_pytorch_model.safetensors" in entry.fetch
+    command = f"hf download {MISSING} {' '.join([*pipeline_files.SETTINGS, *WEIGHTS])} --revision abc123"
+    assert not entry.present and entry.fetch.startswith(command)
     outcome = run_trial(values, tmp_path / "trial")
     assert (outcome.state, outcome.kind) == ("failed", "loading")
     assert "is not in the hub's cache and cannot be fetched" in str(outcome.message)
-    assert f"hf download {MISSING} --revision abc123" in str(outcome.message)
+    assert command in str(outcome.message)
 
 
 @pytest.mark.parametrize("path", ["two words", "a/b/c", ""])
