@@ -36,6 +36,7 @@ from workers.methods import Passes
 from workers.models import pipeline_files, sd15
 from workers.models.diffusion import DECODED_TOGETHER, DTYPES, DiffusionModel, add_lora
 from workers.spec import Lora, TrialSpec, locate, settings
+from workers.weights import find
 
 FRACTION = 0.35
 """Of the vendor's peak, what the passes reach on average: ours."""
@@ -176,10 +177,8 @@ def configs_of(model: Mapping[str, Any]) -> dict[str, Any]:
     if pipeline_files.is_local(path):
         folder = pipeline_files.resolve(path)
         return _read(path, {part: folder / name for part, (name, _) in PARTS.items()})
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = {part: try_to_load_from_cache(path, name, revision=revision) for part, (name, _) in PARTS.items()}
-    files = {part: Path(file) for part, file in cached.items() if isinstance(file, str)}
+    cached = {part: find(path, revision, name) for part, (name, _) in PARTS.items()}
+    files = {part: file for part, file in cached.items() if file is not None}
     if len(files) == len(PARTS):
         return _read(path, files)
     if path in sd15.IDS:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workers.generators import derived_seed
 from workers.methods import finite
+from workers.rewards.pictures import to_8_bits
 from workers.rollout import Problem, Reward, rollout
 from workers.store import write_whole
 
@@ -115,5 +117,5 @@ def save_strip(images: Tensor, path: Path) -> None:
     """Write pictures (n, 3, H, W) in [0, 1] side by side as one PNG, whole or not at all."""
     from PIL import Image
 
-    strip = torch.cat(list(images), 2).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    strip = np.concatenate(to_8_bits(images), 1)
     write_whole(path, lambda temporary: Image.fromarray(strip).save(temporary, format="PNG"))

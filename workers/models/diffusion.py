@@ -7,7 +7,7 @@ Frozen weights take `dtype`; the adapter, the scheduler's arithmetic and the lat
 dtype fp64, for proofs).
 
     dtype fp16               gradients are scaled by a power of two where they enter the half-precision network and
-                             scaled back where they leave it (HalfPrecision), so that small ones do not vanish
+                             scaled back where they leave it (half_precision.py), so that small ones do not vanish
     dtype fp16, bf16         every pass of the UNet has `pass_rows` rows, short ones are padded: kernels are chosen by
                              shape, so a state gets the same bits in a rollout and in a training batch. Else the ratio
                              of fresh data would not be 1, nor an untrained adapter's KL be 0: at 16,384 dimensions and
@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from workers.core.chain import Chain, ddim_chain, score_from_eps
 from workers.generators import Generators, derived_seed
-from workers.models import pipeline_files
+from workers.models import half_precision, pipeline_files
 from workers.models.half_precision import Crossing
 from workers.spec import Lora, Sampler, TrialSpec, choice
 from workers.store import write_whole
@@ -46,7 +46,7 @@ from workers.weights import Weights
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = half_precision.DTYPES | {"fp64": torch.float64}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """LoRA on the attention projections, as DPOK's official code places it."""
 DECODED_TOGETHER = 128

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workers.models.half_precision import Crossing
+from workers.models.half_precision import DTYPES, Crossing
 from workers.rewards.pictures import check_pictures, clip_pixels
 from workers.spec import TrialSpec, choice
 from workers.weights import (
@@ -42,7 +42,6 @@ HUB_ID = "openai/clip-vit-large-patch14"
 REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 CHECKPOINT = "model.safetensors"
 FILES = (CHECKPOINT, "config.json", "vocab.json", "merges.txt")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14, "image_size": 224}
 
 

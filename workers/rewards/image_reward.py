@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from workers.models.half_precision import Crossing
+from workers.models.half_precision import DTYPES, Crossing
 from workers.rewards.pictures import check_pictures, clip_pixels
 from workers.spec import TrialSpec, choice
 from workers.weights import (
@@ -60,7 +60,6 @@ WORDS_HUB_IDS = ("google-bert/bert-base-uncased", "bert-base-uncased")
 WORDS_REVISION = "86b5e0934494bd15c9632b12f734a8a67f723594"
 TOKENS = 35
 SIZE = 224
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ALIAS = "image_reward_network"
 
 

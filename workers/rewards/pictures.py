@@ -41,7 +41,7 @@ def check_pictures(name: str, images: Tensor, prompts: list[str]) -> None:
 
 
 def to_8_bits(images: Tensor) -> np.ndarray:
-    """Pictures (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), rounded as workers/evaluate.py saves them."""
+    """Pictures (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), as every picture here is saved."""
     return images.detach().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
