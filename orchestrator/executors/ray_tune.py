@@ -42,7 +42,10 @@ QUIET = {
     "TUNE_MAX_PENDING_TRIALS_PG": "16",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
-os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+LONGER = {"RAY_gcs_rpc_server_reconnect_timeout_s": "180"}
+"""A driver that lost its head is ended by Ray after so many seconds (its default is 60), with exit code 1: time enough
+to close the launch, an MLflow that does not answer included."""
+os.environ.update({name: os.environ.get(name, value) for name, value in (QUIET | LONGER).items()})
 
 import psutil  # noqa: E402
 import ray  # noqa: E402  (its environment comes first)
@@ -52,8 +55,10 @@ HEAD = ("gcs_server", "raylet")
 LOOK_SECONDS = 0.5
 ASK_SECONDS = 5.0
 SILENT_SECONDS = 30.0
-"""A head that does not answer for so long is held to be gone; Ray itself gives up after 60 s, without a word."""
+"""A head that does not answer for so long is held to be gone; Ray itself gives up later, without a word."""
 SHUTDOWN_SECONDS = 15.0
+STARTED_DEAD = 3
+"""The exit code of a launch whose head died while it started: trials are left to run."""
 OBJECT_STORE_BYTES = 128 << 20
 """Only specs travel through Ray; its default is 30 % of the machine's memory."""
 
@@ -92,7 +97,7 @@ class RayTune:
 
     def run(self, jobs: Sequence[Job], on_outcome: OnOutcome) -> None:
         """Tune runs in a thread of its own: this one waits for it, takes the signals, and sees whether Ray still lives,
-        because a driver whose head is gone blocks in its calls and is ended by Ray a minute later, in silence."""
+        because a driver whose head is gone blocks in its calls and is ended by Ray three minutes later, in silence."""
         storage = Path(tempfile.mkdtemp(prefix="pift-tune-"))
         fit = _Thread(lambda: self._tuner(jobs, on_outcome, storage).fit())
         try:
@@ -109,8 +114,7 @@ class RayTune:
             shutil.rmtree(storage, ignore_errors=True)
 
     def _give_up(self) -> None:
-        """Leave a Ray whose head is gone, before Ray ends this process: a minute after it lost its head, in silence.
-        (While Ray starts, nothing here can look after it: it then ends the process with exit code 1.)"""
+        """Leave a Ray whose head is gone, before Ray ends this process."""
         self._started = False
         self._head.end()
         down = _Thread(ray.shutdown)  # it waits for the head
@@ -201,14 +205,13 @@ class _Head:
 
     def __init__(self, address: str, ours: bool) -> None:
         self.address = address
-        self.processes = [child for child in psutil.Process().children() if child.name() in HEAD] if ours else []
+        self.processes = _head_processes() if ours else []
         self._answered = self._asked = time.monotonic()
 
     def lost(self) -> str | None:
         """What is gone, None while all is well."""
-        for process in self.processes:
-            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                return f"Ray's {process.name() if process.is_running() else 'head'} died (pid {process.pid})"
+        if (dead := _dead(self.processes)) is not None:
+            return dead
         now = time.monotonic()
         if now - self._asked > ASK_SECONDS:
             self._asked = now
@@ -224,6 +227,52 @@ class _Head:
             for process in psutil.Process().children(recursive=True) if self.processes else ():
                 with suppress(psutil.Error):
                     process.kill()
+
+
+def _head_processes() -> list[psutil.Process]:
+    """Those of Ray that this process has started."""
+    return [child for child in psutil.Process().children() if child.name() in HEAD]
+
+
+def _dead(processes: Sequence[psutil.Process]) -> str | None:
+    """Which of these is not alive, in words."""
+    for process in processes:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return f"Ray's {process.name() if process.is_running() else 'head'} died (pid {process.pid})"
+    return None
+
+
+@contextmanager
+def _leaving_a_dead_head() -> Iterator[None]:
+    """While Ray starts: a head that dies leaves `ray.init` waiting until Ray ends this process minutes later, or makes
+    it fail and end the process later still, because of a connection that nothing closes. So this process ends itself,
+    at once and with a word; what a launch has written stays good, as after any kill."""
+    over = threading.Event()
+    seen: dict[int, psutil.Process] = {}
+
+    def look() -> None:
+        while not over.wait(LOOK_SECONDS / 5):
+            with suppress(psutil.Error):
+                seen.update({process.pid: process for process in _head_processes()})
+                if (dead := _dead(list(seen.values()))) is not None and not over.is_set():
+                    _leave(dead)
+
+    watch = _Thread(look)
+    watch.start()
+    try:
+        yield
+    except Exception as error:
+        if seen and not any(_dead([process]) is None and process.name() == HEAD[0] for process in _head_processes()):
+            _leave(f"Ray's {HEAD[0]} died ({_first_line(error)})")
+        raise
+    finally:
+        over.set()
+        watch.join()
+
+
+def _leave(dead: str) -> None:
+    os.write(2, f"pift: {dead} while Ray started; nothing is lost: give the same command again\n".encode())
+    os._exit(STARTED_DEAD)
 
 
 def _knock(address: str) -> None:
@@ -243,7 +292,8 @@ def _start_here(common: Mapping[str, Any]) -> None:
     """Start Ray on this machine. It gives its own processes 30 s, too little on a busy one: try three times."""
     for attempt in (1, 2, 3):
         try:
-            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
+            with _leaving_a_dead_head():
+                ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **common)
             return
         except Exception as error:  # Ray raises a bare Exception here
             ray.shutdown()
