@@ -1,4 +1,4 @@
-"""`pift`: plan, launch, status, stop, retry, compare, sample, promote, ui, doctor.
+"""`pift`: plan, launch, status, logs, stop, retry, compare, sample, promote, ui, doctor.
 
 Exit codes: 0 all done, 1 a fault of pift's own, 2 bad input or plan, 3 some trials failed, 4 budget reached,
 130 interrupted.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import UserError
+from workers.text import one_line, typed, visible
 
 if TYPE_CHECKING:
     from orchestrator.grid import Plan
     from orchestrator.ledger import Store
 
 STORE = "store"
-"""The folder of results where no --store is given; conf/config.yaml says the same."""
+"""The folder of results where neither --store nor PIFT_STORE is given; conf/config.yaml says the same."""
+
+CLUSTER = "PIFT_CLUSTER"
+"""The variable with the cluster that launch, plan, status, logs and stop talk to where they are told no other; the last
+three not where --store is given."""
 
 AXES = ("prompt", "beta", "method", "seed")
 """The columns that come first in tables."""
@@ -52,6 +58,8 @@ All settings with their defaults and sources: {conf}
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code and never raises."""
     debug = os.environ.get("PIFT_DEBUG", "") not in ("", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without the letters of a prompt shows numbers
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -69,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _is_users(error):
             return _report(str(error))
         message = str(error).strip().splitlines()
-        print(f"pift: {type(error).__name__}: {message[0] if message else 'no message'}", file=sys.stderr)
+        first = visible(message[0]) if message else "no message"
+        print(f"pift: {type(error).__name__}: {first}", file=sys.stderr)
         print("pift: this is a fault of pift, not of your input; PIFT_DEBUG=1 shows where it happened", file=sys.stderr)
         return 1
 
@@ -85,9 +94,9 @@ def _report(message: str) -> int:
     """Problems on stderr, one a line; exit code 2."""
     lines = message.splitlines() or ["no message"]
     if len(lines) == 1:
-        print(f"pift: {lines[0]}", file=sys.stderr)
+        print(f"pift: {visible(lines[0])}", file=sys.stderr)
     else:
-        print(f"pift: {len(lines)} problems", *(f"  - {line}" for line in lines), sep="\n", file=sys.stderr)
+        print(f"pift: {len(lines)} problems", *(f"  - {visible(line)}" for line in lines), sep="\n", file=sys.stderr)
     return 2
 
 
@@ -115,18 +124,23 @@ def _dispatch(arguments: list[str]) -> int:
 
 def plan(options: argparse.Namespace) -> int:
     """Print what a launch would change, cell by cell; nothing is written."""
+    with _stdout_kept():
+        grid = _compose(options)
+    if grid.config["cluster"]:
+        from orchestrator import cluster
+
+        return cluster.plan(grid, _folders(options), _plan_words(options))
     from orchestrator.difference import difference
     from orchestrator.ledger import Store
 
     with _stdout_kept():
-        grid = _compose(options)
         store = Store(grid.config["store"])
         store.refresh()
         found = difference(grid, store, options.device)
     if options.json:
-        print(found.text())
+        print(visible(found.text()))
     else:
-        print(*found.lines(everything=options.all), sep="\n")
+        print(*map(visible, found.lines(everything=options.all)), sep="\n")
         print(f"store {store}; executor {grid.config['executor']['name']}")
         print(f"run them: pift launch {_shell(grid.overrides, options)}".rstrip())
     return 0
@@ -137,6 +151,16 @@ def launch(options: argparse.Namespace) -> int:
     if options.dry_run:
         return plan(options)
     grid = _compose(options)
+    if options.expect is not None:
+        from orchestrator.cluster import refuse_others
+
+        refuse_others(grid, options.expect)
+    if grid.config["cluster"]:
+        from orchestrator import cluster
+
+        return cluster.launch(grid, _folders(options), detach=options.detach, json_output=options.json)
+    if options.detach:
+        raise UserError("--detach goes with cluster=http://head:8265, where a job goes on by itself; here: nohup")
     from orchestrator.launch import launch as run
 
     return run(grid, json_output=options.json)
@@ -144,6 +168,12 @@ def launch(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Print the states of a launched sweep, once or for as long as somebody works on it."""
+    if (url := _cluster(options)) is not None:
+        from orchestrator import cluster
+
+        if options.watch:
+            raise UserError(f"--watch looks at a store from here; of a cluster: pift logs --follow --cluster {url}")
+        return cluster.status(url, options.sweep, _named(options), ["--json"] if options.json else [])
     from orchestrator import control
 
     store, sweep = _sweep(options)
@@ -166,7 +196,7 @@ def status(options: argparse.Namespace) -> int:
     for row in rows:
         if row["message"]:
             kind = f" ({row['class']})" if row["class"] else ""
-            print(f"  {row['key']} {row['state']}{kind}: {str(row['message']).splitlines()[0]}")
+            print(f"  {row['key']} {row['state']}{kind}: {one_line(str(row['message']).splitlines()[0])}")
         elif row["warnings"]:
             more = f" (and {len(row['warnings']) - 1} more)" if row["warnings"][1:] else ""
             print(f"  {row['key']} {row['state']}, {row['warnings'][0]}{more}")
@@ -175,11 +205,27 @@ def status(options: argparse.Namespace) -> int:
 
 def stop(options: argparse.Namespace) -> int:
     """Let the launches of a sweep stop in order."""
+    if (url := _cluster(options)) is not None:
+        from orchestrator import cluster
+
+        return cluster.stop(url, options.sweep, _named(options), wait=not options.no_wait)
     from orchestrator import control
 
     store, sweep = _sweep(options)
     print(control.stop(store, sweep, wait=not options.no_wait))
     return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """Print what a launch on a cluster printed."""
+    if (url := _cluster(options)) is None:
+        raise UserError(
+            "a launch on this machine prints to its own terminal and keeps no log; how its trials are doing: pift "
+            f"status (why one failed: its FAILED.json). Of a cluster: --cluster http://head:8265, or {CLUSTER}"
+        )
+    from orchestrator import cluster
+
+    return cluster.logs(url, options.sweep, follow=options.follow)
 
 
 def retry(options: argparse.Namespace) -> int:
@@ -189,7 +235,7 @@ def retry(options: argparse.Namespace) -> int:
     store, sweep = _sweep(options)
     labels, command = control.retry(store, sweep, keys=options.key or (), diverged=options.diverged)
     for label in labels:
-        print(f"may run again: {label}")
+        print(f"may run again: {visible(label)}")
     if not labels:
         print(f"no trial of {sweep} has failed" + ("" if options.diverged else " (diverged ones: --diverged)"))
     else:
@@ -215,7 +261,7 @@ def doctor(options: argparse.Namespace) -> int:
             findings.append(finding)
             if not options.json:
                 mark = {"ok": "  ok    ", "note": "  note  ", "problem": "PROBLEM ", "fixed": "  fixed "}[finding.level]
-                print(f"{mark}{finding.topic}: {finding.text}", file=out)
+                print(f"{mark}{finding.topic}: {visible(finding.text)}", file=out)
                 if finding.fix and finding.level != OK:
                     print(f"          -> {finding.fix}", file=out, flush=True)
     problems = sum(finding.level == PROBLEM for finding in findings)
@@ -260,15 +306,16 @@ def promote(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found.row(), indent=1))
     else:
-        print(*found.lines(), sep="\n")
+        print(*map(visible, found.lines()), sep="\n")
     return 0
 
 
 def ui(options: argparse.Namespace) -> int:
-    """Open the MLflow server on the store."""
+    """Open the MLflow server on the store, or say where its runs are."""
     from orchestrator.ui import serve
 
-    return serve(_store(options), options.port)
+    store = _store(options) if options.sweep is None else _sweep(options)[0]
+    return serve(store, options.port, options.sweep)
 
 
 # ---- what they share
@@ -277,7 +324,34 @@ def ui(options: argparse.Namespace) -> int:
 def _compose(options: argparse.Namespace) -> Plan:
     from orchestrator.grid import compose
 
-    return compose(options.overrides, [*(options.conf_before or []), *(options.conf or [])])
+    return compose(options.overrides, _folders(options))
+
+
+def _folders(options: argparse.Namespace) -> list[Path]:
+    """The conf folders of the user's own."""
+    return [*(options.conf_before or []), *(options.conf or [])]
+
+
+def _cluster(options: argparse.Namespace) -> str | None:
+    """The cluster that is asked; None where it is a store that this machine sees."""
+    if options.cluster is not None:
+        return str(options.cluster)
+    found = os.environ.get(CLUSTER, "").strip()
+    if not found or options.store is not None:
+        return None
+    print(f"asking the cluster {found} ({CLUSTER}); --store DIR looks at a store from here", file=sys.stderr)
+    return found
+
+
+def _named(options: argparse.Namespace) -> str | None:
+    """The store that --store names, None where it does not."""
+    return None if options.store is None else str(options.store)
+
+
+def _plan_words(options: argparse.Namespace) -> list[str]:
+    """The options of `pift plan` as they would be typed again."""
+    words = ["--json"] if options.json else []
+    return words + (["--all"] if options.all else []) + (["--device", options.device] if options.device else [])
 
 
 @contextlib.contextmanager
@@ -290,9 +364,10 @@ def _stdout_kept() -> Iterator[None]:
 def _store(options: argparse.Namespace) -> Store:
     from orchestrator.ledger import Store
 
-    if isinstance(options.store, Path) and not options.store.is_dir():
-        raise UserError(f"--store {options.store} is not a folder; name the one that a launch wrote to (its store=...)")
-    store = Store(options.store)
+    place = _default_store() if options.store is None else options.store
+    if isinstance(place, Path) and not place.is_dir():
+        raise UserError(f"--store {place} is not a folder; name the one that a launch wrote to (its store=...)")
+    store = Store(place)
     store.refresh()
     return store
 
@@ -317,7 +392,7 @@ def _sweep(options: argparse.Namespace) -> tuple[Store, str]:
 def _print_json(sweep: str, rows: Sequence[Mapping[str, Any]], **further: Any) -> None:
     counts = dict(Counter(row["state"] for row in rows))
     content = {"sweep": sweep, "cells": rows, "counts": counts, **further}
-    print(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False))
+    print(visible(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)))
 
 
 def _show(table: Any) -> None:
@@ -342,7 +417,7 @@ def _table(title: str, axes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else one_line(str(value))
 
 
 def _counts_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -354,10 +429,8 @@ def _counts_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _shell(overrides: Sequence[str], options: argparse.Namespace) -> str:
     """The arguments as they would be typed again."""
-    import shlex
-
     folders = [*(options.conf_before or []), *(options.conf or [])]
-    return shlex.join([word for folder in folders for word in ("--conf", str(folder))] + list(overrides))
+    return typed([word for folder in folders for word in ("--conf", str(folder))] + list(overrides))
 
 
 # ---- the parser
@@ -398,6 +471,7 @@ exit codes: 0 all done, 1 a fault of pift, 2 bad input, 3 some trials failed, 4 
     _add_plan(commands)
     _add_launch(commands)
     _add_status(commands)
+    _add_logs(commands)
     _add_stop(commands)
     _add_retry(commands)
     _add_compare(commands)
@@ -446,9 +520,13 @@ def _add_store(parser: argparse.ArgumentParser, sweep: bool) -> None:
             "sweep", nargs="?", metavar="SWEEP", help="a sweep of the store; the newest where none is named"
         )
     parser.add_argument(
-        "--store", metavar="DIR", type=_folder_or_url, default=Path(STORE),
-        help="the folder of results, or its URL, as in s3://bucket/pift (default: store)",
+        "--store", metavar="DIR", type=_folder_or_url, default=_default_store(),
+        help="the folder of results, or its URL, as in s3://bucket/pift (default: PIFT_STORE, else store)",
     )  # fmt: skip
+
+
+def _default_store() -> str | Path:
+    return _folder_or_url(os.environ.get("PIFT_STORE", STORE))
 
 
 def _folder_or_url(text: str) -> str | Path:
@@ -496,10 +574,15 @@ def _add_launch(commands: Any) -> None:
         "  pift launch sweep=quickstart                 minutes on two cores\n"
         "  pift launch sweep=four_prompts seed=0,1      the sweep's cells, with two seeds\n"
         "  pift launch beta=0.1 executor=inline         one trial in this process, for a debugger\n"
-        "  pift launch sweep=quickstart executor=ray executor.address=auto tracking.uri=http://host:5000   a cluster\n",
+        "  pift launch cluster=http://head:8265 sweep=quickstart store=/shared/pift tracking.uri=http://host:5000\n"
+        "                                               on a Ray cluster, as a job (docs/cluster.md)\n",
     )  # fmt: skip
     _add_overrides(parser)
     parser.set_defaults(all=False, device=None)
+    parser.add_argument("--detach", action="store_true", help="with cluster=: submit, and do not follow what it prints")
+    parser.add_argument(
+        "--expect", metavar="DIGEST", help="refuse other trials than these; what a submission to a cluster adds"
+    )
     parser.add_argument("--dry-run", action="store_true", help="the same as pift plan")
     parser.add_argument("--json", action="store_true", help="the end states as JSON on stdout and nothing else")
 
@@ -512,11 +595,33 @@ def _add_status(commands: Any) -> None:
         "  resumable (stopped in order), done, failed (FAILED.json says why), diverged.",
         "  pift status\n  pift status quickstart --watch        until nobody works on it any more\n"
         "  pift status quickstart --json | jq .counts\n"
-        "  pift status --watch --json | jq -c .counts      one line at every change\n",
+        "  pift status --watch --json | jq -c .counts      one line at every change\n"
+        "  pift status --cluster http://head:8265          of a sweep launched there with cluster=\n",
     )  # fmt: skip
     _add_store(parser, sweep=True)
+    _add_cluster(parser)
     parser.add_argument("--watch", action="store_true", help="go on looking while a launch or a trial is at work")
     parser.add_argument("--json", action="store_true", help="as for plan; with --watch an object a line")
+
+
+def _add_logs(commands: Any) -> None:
+    parser = _add(
+        commands, "logs", logs, "what a launch on a cluster prints, from any machine",
+        "What the newest job of a sweep that was launched with cluster= has printed, to the moment or to its end.",
+        "  pift logs --cluster http://head:8265\n  pift logs quickstart --follow --cluster http://head:8265\n"
+        f"  export {CLUSTER}=http://head:8265; pift logs --follow\n",
+    )  # fmt: skip
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="the newest where none is named")
+    parser.add_argument("--follow", action="store_true", help="go on until the job has ended; its exit code is ours")
+    _add_cluster(parser)
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(store=None)  # whether one was named decides where PIFT_CLUSTER counts
+    parser.add_argument(
+        "--cluster", metavar="URL",
+        help=f"ask a Ray cluster, as in http://head:8265 (default: {CLUSTER}, unless --store is given)",
+    )  # fmt: skip
 
 
 def _add_stop(commands: Any) -> None:
@@ -524,9 +629,10 @@ def _add_stop(commands: Any) -> None:
         commands, "stop", stop, "let a sweep's launches stop in order, from any machine",
         "Every trial at work writes a checkpoint and stops; the launches end with exit code 130, as after Ctrl-C in\n"
         "their own terminals. The same launch, given again, goes on.",
-        "  pift stop\n  pift stop quickstart --store /shared/store\n",
+        "  pift stop\n  pift stop quickstart --store /shared/store\n  pift stop quickstart --cluster http://head:8265\n",
     )  # fmt: skip
     _add_store(parser, sweep=True)
+    _add_cluster(parser)
     parser.add_argument("--no-wait", action="store_true", help="ask, and do not wait until they have stopped")
 
 
@@ -612,11 +718,12 @@ def _add_promote(commands: Any) -> None:
 def _add_ui(commands: Any) -> None:
     parser = _add(
         commands, "ui", ui, "look at the store in MLflow's web page",
-        "Start the MLflow server on the store's own database, on this machine only, until Ctrl-C.",
-        "  pift ui\n  pift ui --port 5001 --store /data/me\n",
+        "Start the MLflow server on the store's own database, on this machine only, until Ctrl-C, and print where the\n"
+        "sweep's charts are. Of a sweep that was recorded in a server: print where they are there.",
+        "  pift ui\n  pift ui quickstart\n  pift ui --port 5001 --store /data/me\n",
     )  # fmt: skip
     parser.add_argument("--port", type=int, default=5000, help="default: 5000")
-    _add_store(parser, sweep=False)
+    _add_store(parser, sweep=True)
 
 
 if __name__ == "__main__":

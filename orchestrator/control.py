@@ -6,7 +6,6 @@ All of it through the store, so it works from any machine that sees the store, w
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 from orchestrator import ledger
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
+from workers.text import typed
 
 LOOK_SECONDS = 1.0
 
@@ -123,4 +123,4 @@ def retry(store: Store, sweep: str, *, keys: Sequence[str] = (), diverged: bool 
     ]
     for cell in chosen:
         store.forgive(cell["key"])
-    return [cell["label"] for cell in chosen], shlex.join(["pift", "launch", *plan.get("overrides", [])])
+    return [cell["label"] for cell in chosen], typed(["pift", "launch", *plan.get("overrides", [])])

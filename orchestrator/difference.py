@@ -27,6 +27,7 @@ from orchestrator.grid import Cell, Plan
 from orchestrator.ledger import Store
 from orchestrator.schedule import Budget, Estimate, Left, Share, Speed, Speeds, Work, device, estimate, order, slots
 from orchestrator.weights import missing
+from workers.text import one_line
 
 if TYPE_CHECKING:
     from workers.spec import TrialSpec
@@ -328,7 +329,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else one_line(str(value))
 
 
 def _hours_text(found: Estimate, target: Target) -> str:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +38,7 @@ from orchestrator.errors import UserError
 from orchestrator.overrides import Override, canonical, close, parse
 from orchestrator.schedule import Budget
 from workers.remote import Remote, RemoteError, is_url
-from workers.spec import COMPONENTS, SpecError, TrialSpec, integer, locate, number, settings
+from workers.spec import COMPONENTS, SpecError, TrialSpec, integer, locate, number, printable, settings
 
 GROUP_AXES = ("model", "reward", "method")
 """The groups that may be axes; the others say how a sweep runs, not what a cell is."""
@@ -47,8 +48,10 @@ SPEC_KEYS = (
     "beta", "beta_schedule", "beta_rate", "seed", *COMPONENTS, "sampler", "lora", "train", "eval", "regulariser",
     "regulariser_order", "regulariser_samples", "initial_law",
 )  # fmt: skip
-RUN_KEYS = ("executor", "tracking", "resources", "store", "retry_failed", "budget", "limits")
+RUN_KEYS = ("executor", "tracking", "resources", "store", "cluster", "retry_failed", "budget", "limits")
 """What is not part of a trial: where and how the sweep runs."""
+ENVIRONMENT = {"store": "PIFT_STORE", "executor": "PIFT_EXECUTOR"}
+"""Variables that conf/ reads and whose values are checked here."""
 SWEEP_KEYS = ("name", "axes", "exclude", "settings", "per_method")
 LARGEST_GRID = 10_000
 FOLDER_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
@@ -86,7 +89,7 @@ class Plan:
     """Axis -> its labels in order; prompt, beta, method and seed are always there."""
     cells: list[Cell]
     config: dict[str, Any]
-    """executor, tracking, resources, store, retry_failed, budget, limits: what does not belong to a trial."""
+    """executor, tracking, resources, store, cluster, retry_failed, budget, limits: what does not belong to a trial."""
     overrides: list[str] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
@@ -224,7 +227,12 @@ def _group_choices(tree: ConfTree, sweep: Sweep) -> list[dict[str, str]]:
         else:
             options[group] = [default]
         options[group] = [str(name) if isinstance(name, int | float) else name for name in options[group]]
-    problems = [problem for group, names in options.items() for name in names for problem in tree.problems(group, name)]
+    problems = [
+        _origin(group, sweep) + problem
+        for group, names in options.items()
+        for name in names
+        for problem in tree.problems(group, name)
+    ]
     known = tree.choices("method")
     problems += [
         f"sweep {sweep.name}: per_method has {name}, which is no method{close(name, known)}"
@@ -234,6 +242,12 @@ def _group_choices(tree: ConfTree, sweep: Sweep) -> list[dict[str, str]]:
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return [dict(zip(options, names, strict=True)) for names in itertools.product(*options.values())]
+
+
+def _origin(key: str, sweep: Sweep) -> str:
+    """The variable that a setting has its value from, for the beginning of a message; empty for one that was typed."""
+    name = ENVIRONMENT.get(key, "")
+    return f"{name}: " if name in os.environ and key not in {**sweep.settings, **sweep.command_line} else ""
 
 
 # ---- keys: does every one of them exist, and in which cells
@@ -405,14 +419,14 @@ class _Ground:
     idle: frozenset[str]
     """The keys of those that the configuration does not have."""
     refers: bool
-    """Whether there is a `${...}` in it."""
+    """Whether there is a `${...}` in what a trial is made of."""
     followed: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Configurations whose `${...}` have been followed, by their text without the seed."""
 
 
 def _ground(tree: ConfTree, sweep: Sweep, choice: Mapping[str, str]) -> _Ground:
     config, idle = _laid_over(tree.compose(choice), sweep.settings, sweep.per_method.get(choice["method"], {}))
-    return _Ground(config, idle, _refers(config))
+    return _Ground(config, idle, _refers({key: value for key, value in config.items() if key not in RUN_KEYS}))
 
 
 def _resolve(ground: _Ground, sweep: Sweep, point: Mapping[str, Any]) -> _Draft:
@@ -528,7 +542,7 @@ def _distinct_slugs(drafts: Sequence[_Draft]) -> None:
 
 
 def _digest(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:6]
+    return sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]
 
 
 # ---- checks
@@ -626,7 +640,10 @@ def _run_config(sweep: Sweep, base: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(*problems)
     if _refers(config):
         config = _interpolated(config)
-    if problems := [*_budget_problems(config["budget"]), *_limits_problems(config["limits"])]:
+    problems = [*_budget_problems(config["budget"]), *_limits_problems(config["limits"])]
+    if origin := _origin("store", sweep):
+        problems += [origin + problem for problem in _run_problems("store", "", config["store"])]
+    if problems:
         raise UserError(*problems)
     return {key: config[key] for key in RUN_KEYS}
 
@@ -642,6 +659,8 @@ def _run_problems(key: str, current: Any, value: Any) -> list[str]:
         return [f"{key}={_text([value])} is not a number of at least 0; write for example {key}={current}"]
     if key == "store" and (not isinstance(value, str) or not value.strip()):
         return [f"store={_text([value])} is not a folder; write for example store=store"]
+    if key == "store" and (problems := printable("store", value)):
+        return problems
     if key == "store" and is_url(value):
         return _url_problems(value)
     if key == "tracking.required" and not (value is None or isinstance(value, bool)):

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -34,6 +33,7 @@ from orchestrator.ledger import Store
 from orchestrator.monitor import Monitor
 from orchestrator.provenance import provenance
 from workers.store import Damaged
+from workers.text import typed
 
 if TYPE_CHECKING:
     from orchestrator.grid import Plan
@@ -112,7 +112,7 @@ class _Session:
                 how = f"exit code {code}"
             finally:
                 self.record.end(how)
-        _print_result(self.store, self.content, states, report, code, json_output)
+        _print_result(self.store, self.config, self.content, states, report, code, json_output)
         return code
 
     # ---- before
@@ -416,12 +416,18 @@ def _compare(store: Store, sweep: str, view: tracking.View, monitor: Monitor) ->
     except Exception as error:  # the trials are done, whatever is wrong with the report
         monitor.say(f"the comparison could not be made ({type(error).__name__}: {error}); try: pift compare {sweep}")
         return None
-    _retry(lambda: view.log_report(report.html.parent), monitor, "the report is not in MLflow")
+    _retry(lambda: view.log_report(report), monitor, "the report is not in MLflow")
     return report
 
 
 def _print_result(
-    store: Store, content: Mapping[str, Any], states: Mapping[str, str], report: Any, code: int, json_output: bool
+    store: Store,
+    config: Mapping[str, Any],
+    content: Mapping[str, Any],
+    states: Mapping[str, str],
+    report: Any,
+    code: int,
+    json_output: bool,
 ) -> None:
     """The end of a launch on stdout: a table and the next commands, or one JSON object."""
     html = str(report.html) if report else None
@@ -434,5 +440,8 @@ def _print_result(
     if report is not None:
         print(report.table)
         print(f"report:  {html}")
-    print(f"MLflow:  pift ui --store {shlex.quote(str(store))}")
+    if (server := tracking.server_of(config)) is not None:
+        print(f"MLflow:  {tracking.link(store, content['sweep'], tracking.place_of(server))}")
+    elif tracking.settings(config) is not None:
+        print(f"MLflow:  {typed(['pift', 'ui', content['sweep'], f'--store={store}'])}")
     sys.stdout.flush()

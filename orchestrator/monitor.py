@@ -24,6 +24,7 @@ from orchestrator.errors import UserError
 from orchestrator.executors import Outcome
 from orchestrator.tracking import View
 from workers.store import TrialFolder
+from workers.text import one_line, visible
 
 LOOK_SECONDS = 1.0
 FORWARD_SECONDS = 2.0
@@ -124,15 +125,15 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """One line for the person at the terminal, above the table."""
-        self.console.print(Text(text), soft_wrap=True)
+        self.console.print(Text(visible(text)), soft_wrap=True)
 
     def table(self) -> Table:
         """The trials as a rich table; those at work first when there are more than fit."""
-        table = Table(title=f"sweep {self.sweep}: {self.summary()}", title_justify="left", expand=False)
+        table = Table(title=Text(f"sweep {self.sweep}: {self.summary()}"), title_justify="left", expand=False)
         for name, justify in (("trial", "left"), ("state", "left"), *((name, "right") for name in COLUMNS)):
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self._visible():
-            table.add_row(row.label, Text(row.state, STYLE.get(row.state, "")), *_figures(row))
+            table.add_row(Text(one_line(row.label)), Text(row.state, STYLE.get(row.state, "")), *_figures(row))
         if len(self.rows) > ROWS:
             table.caption = f"{ROWS} of {len(self.rows)} trials; all of them: pift status {self.sweep}"
         return table
@@ -204,7 +205,7 @@ class Monitor:
         self.console.print(self.table())
 
     def _picture(self) -> Group:
-        lines = [Text(line, "yellow") for line in (self.note, self.warning) if line]
+        lines = [Text(visible(line), "yellow") for line in (self.note, self.warning) if line]
         return Group(self.table(), *lines)
 
     def _print_events(self) -> None:

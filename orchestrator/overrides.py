@@ -23,6 +23,8 @@ HELP = (
 )
 PLAIN = re.compile(r"[\w.@/-]+")
 GRAMMAR = set(",()[]{}$'\"")
+WORDS = ("null", "true", "false", "nan", "inf")
+"""Letters that are no text."""
 LARGEST_AXIS = 10_000
 ALIASES = {
     "beta.schedule": "beta_schedule",
@@ -123,6 +125,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     return value
+
+
+def quoted(text: str) -> str:
+    """A text as a value that reads as this text, whatever it holds."""
+    if re.fullmatch(r"[A-Za-z/][\w./@:+-]*", text, re.ASCII) and text.lower() not in WORDS:
+        return text
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", text) + re.search(r"\\*\Z", text)[0] + "'"  # type: ignore[index]
 
 
 def close(word: str, known: Iterable[str]) -> str:

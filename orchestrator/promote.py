@@ -8,6 +8,7 @@ how well it does and how to load it. An adapter is registered once under a name,
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import sys
@@ -19,6 +20,7 @@ from orchestrator.errors import UserError
 from orchestrator.ledger import Store, problems, state
 from orchestrator.sample import find_trial
 from workers.store import TrialFolder, read_json, sound_record
+from workers.text import visible
 
 if TYPE_CHECKING:
     from orchestrator.tracking.registry import Version
@@ -32,6 +34,8 @@ FIGURES = {
     "objective": ("final", "eval/objective"),
 }
 """Tag of a version -> where DONE.json has the number; workers/recorder.py says what each means."""
+LONGEST = 400
+"""Characters of a prompt that stand in a version's code; a longer one is taken from the version's tags there."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,18 @@ class Adapter:
     @property
     def summary(self) -> str:
         """ "a dog on the moon", pi_ft, beta 0.1, seed 0; reward 0.1 -> 0.4, path KL 3 nats, J 0.1"""
-        tags = self.tags
-        start, end, kl, objective = (
-            f"{float(tags[tag]):.4g}" if tag in tags else "?"
-            for tag in ("reward_mean.start", "reward_mean.end", "kl_path_nats", "objective")
-        )
+        tags, figures = self.tags, self.figures
         return (
             f'"{tags["prompt"]}", {tags["method"]}, beta {tags["beta"]}, seed {tags["seed"]}; '
-            f"reward {start} -> {end}, path KL {kl} nats, J {objective}"
+            f"reward {figures['reward']}, path KL {figures['path KL']} nats, J {figures['J']}"
         )
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """How well it does, in words; "?" for what was not measured."""
+        tags = self.tags
+        start, end, judge, kl, objective = (f"{float(tags[tag]):.4g}" if tag in tags else "?" for tag in FIGURES)
+        return {"reward": f"{start} -> {end}", "judge": judge, "path KL": kl, "J": objective}
 
     def loading(self, folder: str) -> list[str]:
         """The two lines of plain diffusers; `folder` is the expression for the adapter's folder."""
@@ -82,10 +89,9 @@ class Adapter:
             f'pipe.load_lora_weights({folder}, weight_name="{FILE}")',
         ]
 
-    @property
-    def drawing(self) -> list[str]:
-        """The lines that draw as the trial did."""
-        sampler, prompt = self.spec["sampler"], json.dumps(self.spec["prompt"], ensure_ascii=False)
+    def drawing(self, prompt: str) -> list[str]:
+        """The lines that draw as the trial did; `prompt` is the expression for its prompt."""
+        sampler = self.spec["sampler"]
         settings = f"num_inference_steps={sampler['steps']}, eta={sampler['eta']}"
         if learned := (self.folder.adapter / LAW).is_file():
             settings += ", latents=mu + log_std.exp() * noise"
@@ -95,8 +101,18 @@ class Adapter:
         ]
         return [*lines, f"# mu, log_std: {LAW} beside the adapter, the law of Y_0 that was learned too"][: 2 + learned]
 
-    def description(self, name: str) -> str:
-        """What the registry's page says of the version."""
+    @property
+    def prompt(self) -> str:
+        """The prompt as a Python string, without what an editor would hide."""
+        return visible(json.dumps(self.spec["prompt"], ensure_ascii=False))
+
+    def description(self, name: str, pictures: Mapping[str, str], run: str) -> str:
+        """What the registry's page says of the version, as markdown; `pictures` and `run` are addresses there."""
+        from orchestrator.tracking.markdown import fence, link, safe, table
+        from orchestrator.tracking.notes import of_pictures
+
+        long = len(self.prompt) > LONGEST
+        kept = f'mlflow.MlflowClient().get_model_version("{name}", VERSION).tags["prompt"]'
         code = [
             "import mlflow",
             "from diffusers import DDIMScheduler, StableDiffusionPipeline",
@@ -104,9 +120,24 @@ class Adapter:
             f'folder = mlflow.artifacts.download_artifacts("models:/{name}/VERSION") + "/adapter_weights"',
             *self.loading("folder"),
             f'# or: pipe = mlflow.diffusers.load_model("models:/{name}/VERSION").load_pipeline()',
-            *self.drawing,
+            *self.drawing(kept if long else self.prompt),
         ]
-        return "\n".join([f"LoRA adapter of trial `{self.key}`: {self.summary}", "", "```python", *code, "```"])
+        tags, figures = self.tags, self.figures
+        what = f"{tags['method']}, beta {tags['beta']}, seed {tags['seed']}"
+        return "\n".join(
+            [
+                f"LoRA adapter of trial `{self.key}` ({link('its run', run)}): {safe(what)}",
+                "",
+                f"Prompt: {safe(self.spec['prompt'])}",
+                "",
+                *table([f"{title}, nats" if title == "path KL" else title for title in figures],
+                       [[safe(value) for value in figures.values()]]),
+                "",
+                *(of_pictures(pictures) if pictures else []),
+                "",
+                *fence(code, "python"),
+            ]
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,7 +168,7 @@ class Promoted:
                 f"mlflow.set_tracking_uri({json.dumps(version.uri)})",
                 f'pipe = mlflow.diffusers.load_model("{self.uri}").load_pipeline()',
             ],
-            "pictures as in training": adapter.drawing,
+            "pictures as in training": adapter.drawing(adapter.prompt),
         }
         return [
             f"{adapter.key} {verb} version {version.version} of {version.name}{alias}",
@@ -169,7 +200,8 @@ def promote(
     plans = _plans(store, folder.root.name)
     adapter = Adapter(folder, spec, *adapters.base_of(spec), tuple(plans))
     name = name or default_name(spec)
-    offer = registry.Offer(name, alias, _purpose(spec), adapter.description(name), adapter.tags)
+    describe = functools.partial(adapter.description, name)
+    offer = registry.Offer(name, alias, _purpose(spec), describe, adapter.tags)
     version = registry.register(
         store, folder, spec, next(iter(plans.values()), None), offer, registry.uri_of(store, folder, uri),
         say=lambda text: print(text, file=sys.stderr),

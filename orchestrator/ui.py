@@ -1,7 +1,9 @@
 """`pift ui`: MLflow's own server on the store's database, for this machine only, in the foreground until Ctrl-C.
 
-    pift ui --store store --port 5000
+    pift ui                              the newest sweep's charts: their address is printed
+    pift ui quickstart --store store --port 5000
 
+A store whose sweeps were recorded in a server has nothing to serve: then the address there is printed, and that is all.
 One worker and no job executor: half a gigabyte of memory instead of two. The server reads pictures and reports
 straight from <store>/mlartifacts, where the launches put them.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
-from orchestrator.tracking import EXPERIMENT
+from orchestrator.tracking import link, place_of, servers
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
@@ -30,16 +32,28 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+BLOCKED = frozenset(
+    {1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, *range(6665, 6670), 6679, 6697, 10080}
+)
+"""Ports above 1023 that no browser opens (the fetch standard, "bad port")."""
 
 
-def serve(store: Store, port: int = 5000, experiment: str = EXPERIMENT) -> int:
-    """Run the server until Ctrl-C; the exit code. Raises UserError without a database, or where the port is taken."""
+def serve(store: Store, port: int = 5000, sweep: str | None = None) -> int:
+    """Run the server until Ctrl-C; the exit code. Raises UserError where nothing of the sweep is in any MLflow, or
+    where the port cannot be used."""
+    known = store.sweeps()
+    sweep = sweep if sweep is not None else known[-1] if known else None
+    elsewhere = [] if sweep is None else servers(store, sweep)
     database = store.root / "mlflow.db"
+    for place in elsewhere:
+        print(f"sweep {sweep} in the MLflow at {place}:", *_places(store, sweep, place), sep="\n  ", flush=True)
     if not database.is_file():
+        if elsewhere:
+            return 0
         here = "" if store.far is None else " on this machine (pift doctor --fix makes it from the store)"
         raise UserError(
             f"--store {store} has no mlflow.db{here}: launch a sweep first, as in pift launch sweep=quickstart "
-            "(with tracking.uri set to a server, look there)"
+            "(one that was launched with tracking=none: pift doctor --fix makes it from the store)"
         )
     check_port(port)
     environment = os.environ | ENVIRONMENT
@@ -48,13 +62,20 @@ def serve(store: Store, port: int = 5000, experiment: str = EXPERIMENT) -> int:
         with _signals_as_interrupt():
             if not _wait_until_up(server, port):
                 return server.wait()
-            print(f"MLflow on {store}: {_link(database, port, experiment)}", flush=True)
+            charts, *further = _places(store, sweep, place_of(None), f"http://{HOST}:{port}")
+            print(f"MLflow on {store}: {charts}", *further, sep="\n  ", flush=True)
             print("Ctrl-C ends it", file=sys.stderr, flush=True)
             return server.wait()
     except KeyboardInterrupt:
         return 0
     finally:
         _end(server)
+
+
+def _places(store: Store, sweep: str | None, place: str, base: str | None = None) -> list[str]:
+    """The sweep's charts and its table in an MLflow; one address where that has no run of it."""
+    charts, table = (link(store, sweep, place, base, page) for page in ("charts", "table"))
+    return [charts] if charts == table else [charts, f"as a table: {table}"]
 
 
 def command(database: Path, port: int) -> list[str]:
@@ -74,6 +95,8 @@ def check_port(port: int) -> None:
     """Raises UserError when nobody may listen there."""
     if not 0 < port < 65536:
         raise UserError(f"--port {port} is not a port; write for example --port 5000")
+    if port in BLOCKED:
+        raise UserError(f"--port {port} is one that browsers refuse to open; write for example --port 5000")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -93,24 +116,6 @@ def _wait_until_up(server: subprocess.Popen[bytes], port: int) -> bool:
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     return server.poll() is None
-
-
-def _link(database: Path, port: int, experiment: str) -> str:
-    """The address of the experiment's page."""
-    import sqlite3
-
-    base = f"http://{HOST}:{port}/"
-    try:
-        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
-        try:
-            found = connection.execute(
-                "select experiment_id from experiments where name = ? and lifecycle_stage = 'active'", (experiment,)
-            ).fetchone()
-        finally:
-            connection.close()
-    except sqlite3.Error:
-        return base
-    return f"{base}#/experiments/{found[0]}/runs" if found else base
 
 
 class _signals_as_interrupt:

@@ -608,7 +608,7 @@ def test_no_group_is_called_like_a_value() -> None:
 
 
 def test_the_command_line_and_conf_agree_on_the_store() -> None:
-    assert ConfTree().compose({})["store"] == cli.STORE
+    assert compose([]).config["store"] == cli.STORE
 
 
 def test_shipped_numbers_are_the_papers() -> None:

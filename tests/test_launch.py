@@ -69,7 +69,7 @@ def test_all_done(tmp_path: Path, database: Path, capsys: pytest.CaptureFixture[
     config = with_mlflow(store, database)
     assert launch(fake.plan(store, *specs, **config), target=fake.TARGET) == 0
     said = capsys.readouterr()
-    assert f"pift ui --store {store}" in said.out
+    assert f"pift ui tried --store={store}" in said.out
     assert "report.html" in said.out
     assert ": done" in said.err
     found = runs(store)

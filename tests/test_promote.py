@@ -77,7 +77,10 @@ def store(database: Path, tmp_path: Path, trained: Any) -> Store:
 
 def plan(*specs: Mapping[str, Any], sweep: str = "tried") -> dict[str, Any]:
     checked = [TrialSpec.from_dict(values) for values in specs]
-    cells = [Cell(one.key, one, {"seed": one.seed}) for one in checked]
+    cells = [
+        Cell(one.key, one, {"prompt": one.prompt_id, "beta": one.beta, "method": one.method["name"], "seed": one.seed})
+        for one in checked
+    ]
     return Plan(sweep, {"seed": [one.seed for one in checked]}, cells, {}).row()
 
 

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, cast
 
+from workers.text import one_line, unprintable
+
 SCHEMA = 1
 """Raised when the meaning of a field changes, so that old results are never taken for new ones."""
 
@@ -238,6 +240,9 @@ class TrialSpec:
             found.append(
                 f"prompt={self.prompt!r} is empty; write a prompt id or a text, as in prompt='a dog on the moon'"
             )
+        else:
+            found += printable("prompt", self.prompt, "\n\t")
+        found += printable("prompt_id", self.prompt_id)
         found += number("beta", self.beta, 0, "the weight of the path KL in J", open_low=True)
         found += self._schedule_problems()
         found += integer("seed", self.seed, 0, "the seed of every named generator", 2**31 - 1)
@@ -390,6 +395,13 @@ def _plain(value: Any, real: bool) -> Any:
     if real and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def printable(name: str, value: str, allowed: str = "") -> list[str]:
+    """What is wrong with a text that must hold no control characters but those of `allowed`."""
+    if (found := unprintable(str(value), allowed)) is None:
+        return []
+    return [f"{name}={one_line(str(value), 80)!r} holds the control character {found}; take it out"]
 
 
 def locate(path: str) -> Any:

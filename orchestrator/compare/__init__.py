@@ -10,19 +10,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.ledger import Store
+
+if TYPE_CHECKING:
+    from orchestrator.compare import frame
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where the files lie, and the same in short for the terminal (`table`, plain text)."""
+    """Where the files lie, the same in short for the terminal (`table`, plain text), and the cells it was made of."""
 
     html: Path
     csv: Path
     curves: Path
     figures: tuple[Path, ...]
     table: str
+    found: frame.Sweep
 
 
 def compare(store: Store, sweep: str, out: Path | None = None) -> Report:
@@ -51,4 +56,4 @@ def compare(store: Store, sweep: str, out: Path | None = None) -> Report:
             figures.sheet(panels, path, found, cells, heading=heading, note=note)
             sheets.append(path)
     write_text(pages, report.page(found, drawn))
-    return Report(html=pages, csv=csv, curves=curves, figures=tuple(sheets), table=verdict.table(found))
+    return Report(html=pages, csv=csv, curves=curves, figures=tuple(sheets), table=verdict.table(found), found=found)

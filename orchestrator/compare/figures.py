@@ -37,6 +37,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from orchestrator.compare import theory
 from orchestrator.compare.frame import Cell, Sweep, sampled, series, show
 from orchestrator.compare.statistics import t_interval
+from workers.text import one_line
 
 WIDTH, HEIGHT = 3.45, 2.65
 """Inches of a panel: at the width of a phone its 8.5 pt text is read at about 11 px."""
@@ -690,8 +691,8 @@ def svg(panel: Panel, betas: int, identity: str) -> str:
     return _themed(re.sub(r"\n\s*", "\n", text))
 
 
-TALL, NOTE_LINE = 1.95, 0.125
-"""Inches, on a sheet: the height of a panel's axes, and of a line of its note."""
+TALL, NOTE_LINE, LETTER = 1.95, 0.125, 0.08
+"""Inches, on a sheet: the height of a panel's axes, of a line of its note, and the width of a letter above them."""
 
 
 def _note(panel: Panel) -> list[str]:
@@ -699,9 +700,14 @@ def _note(panel: Panel) -> list[str]:
     return textwrap.wrap(panel.note, 58)
 
 
+def _letters(text: str, limit: int = 300) -> str:
+    """A text on one line, its $ no beginning of a formula."""
+    return one_line(text, limit).replace("$", r"\$")
+
+
 def _footnote(axes: Axes, panel: Panel, palette: Palette) -> None:
     """The panel's note under its x label, as the page has it under the figure."""
-    lines, below = "\n".join(_note(panel)), (0, -31)
+    lines, below = "\n".join(map(_letters, _note(panel))), (0, -31)
     axes.annotate(lines, (0, 0), below, "axes fraction", "offset points", va="top", color=palette.quiet, fontsize=7)
 
 
@@ -738,10 +744,12 @@ def sheet(found: Sequence[Panel], path: Path, sweep: Sweep, cells: Sequence[Cell
         gap = (room + 0.15) / ((width - columns * room - 0.15 * columns) / columns)
         edges = (room / width, low / height, 1 - 0.15 / width, 1 - top / height)
         figure.subplots_adjust(*edges, wspace=gap, hspace=between / TALL)
+        heading = _letters(heading, int(width / LETTER))
         figure.suptitle(
             heading, x=0.12 / width, y=1 - 0.08 / height, va="top", ha="left", color=palette.ink, fontsize=10
         )
-        handles = [Line2D([], [], label=name, **_style(i, palette.ink, palette)) for i, name in variants.items()]
+        styles = {name: _style(i, palette.ink, palette) for i, name in variants.items()}
+        handles = [Line2D([], [], label=_letters(name), **style) for name, style in styles.items()]
         handles += [Line2D([], [], label=name, color=palette.betas[i], linewidth=4) for i, name in betas.items()]
         figure.text(0.12 / width, 1 - 0.28 / height, note, ha="left", va="top", color=palette.quiet)
         figure.legend(

@@ -32,6 +32,9 @@ BUDGETS = {
     "seconds": "budget/seconds",
 }
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a cell begins with that spreadsheets compute (OWASP, "CSV injection")."""
+
 
 def show(value: Any) -> str:
     """A setting as people write it: 0.1, pathwise, [1, 2]; empty for a missing one."""
@@ -346,5 +349,16 @@ def _write(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _inert(value) for name, value in values.items()} for values in rows)
     write_text(path, stream.getvalue())
+
+
+def _inert(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: a text that begins like one, and is no number, behind a '."""
+    if not isinstance(value, str) or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

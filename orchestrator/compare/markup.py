@@ -6,10 +6,12 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from workers.text import visible
+
 
 def text(value: Any) -> str:
-    """A value as HTML text."""
-    return html.escape(str(value), quote=False)
+    """A value as HTML text; what would turn the line round is shown by its number."""
+    return html.escape(visible(str(value)), quote=False)
 
 
 def tag(name: str, *content: str, cls: str = "", **attributes: Any) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from orchestrator.compare import theory
 from orchestrator.compare.frame import Cell, Sweep, sampled, series, show
 from orchestrator.compare.statistics import Estimate, Interval, paired, t_interval
+from workers.text import one_line
 
 
 @dataclass(frozen=True)
@@ -194,11 +195,11 @@ def _difference(one: Cell, other: Cell) -> Estimate | None:
 
 def table(sweep: Sweep) -> str:
     """The sweep in a terminal: a line per cell, in plan order, under its prompt. `gap` where some cell has one."""
-    known = any(cell.newest(theory.GAP) is not None for cell in sweep.cells)
-    names = ("method", "β", "seed", "state", "reward", "change", "judge", "KL", *["gap"] * known, "s")
+    known = has_gaps(sweep)
+    names = heads(known)
     blocks = [f"sweep {sweep.name}: {counts(sweep)}"]
     for cells in sweep.prompts.values():
-        rows = [names, *(_terminal(cell, known) for cell in cells)]
+        rows = [names, *(columns(cell, known) for cell in cells)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
         text = [
             "  ".join(
@@ -206,17 +207,29 @@ def table(sweep: Sweep) -> str:
             )
             for row in rows
         ]
-        blocks.append("\n".join([f"\n{cells[0].prompt_text}  ({cells[0].prompt})", *(line.rstrip() for line in text)]))
+        heading = f"\n{one_line(cells[0].prompt_text)}  ({one_line(cells[0].prompt)})"
+        blocks.append("\n".join([heading, *(line.rstrip() for line in text)]))
     legend = "reward: step 0 → last; change, judge: over step 0; KL: path KL in nats; s: seconds of training."
     gaps = ["gap: J* − J at the last evaluation, exact, in the reward's units."] * known
     return "\n".join([*blocks, "", legend, *gaps, seeds_note(sweep)])
 
 
-def _terminal(cell: Cell, known: bool) -> tuple[str, ...]:
+def has_gaps(sweep: Sweep) -> bool:
+    """Whether some cell has an exact gap, and so the table a column for it."""
+    return any(cell.newest(theory.GAP) is not None for cell in sweep.cells)
+
+
+def heads(gaps: bool) -> tuple[str, ...]:
+    """The titles of the table of a sweep."""
+    return ("method", "β", "seed", "state", "reward", "change", "judge", "KL", *["gap"] * gaps, "s")
+
+
+def columns(cell: Cell, gaps: bool) -> tuple[str, ...]:
+    """One cell in that table."""
     start, end = cell.first("eval/reward_mean"), cell.last("eval/reward_mean")
     state = cell.state if cell.finished or cell.step is None else f"{cell.state} @{cell.step}"
     return (
-        cell.variant,
+        one_line(cell.variant),
         show(cell.beta),
         show(cell.seed),
         state,
@@ -224,7 +237,7 @@ def _terminal(cell: Cell, known: bool) -> tuple[str, ...]:
         with_error(cell.change("reward")),
         with_error(cell.change("judge")),
         nats(cell.last("eval/kl_path_nats")),
-        *[tiny(cell.newest(theory.GAP))] * known,
+        *[tiny(cell.newest(theory.GAP))] * gaps,
         plain(cell.spent("budget/seconds"), 0),
     )
 

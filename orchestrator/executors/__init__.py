@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from orchestrator import ledger, tracking
 from orchestrator.errors import UserError
+from orchestrator.executors import node
 from orchestrator.tracking.forwarder import forwarding
 from workers.afar import Watch, at_work
 from workers.remote import is_url
@@ -173,11 +175,13 @@ def call(setting: Setting, job: Job) -> Outcome:
     machine whose process table is not ours): it is waited for until its last beat is old enough.
     """
     try:
+        if setting.url is None and not setting.stop.parent.is_dir():  # which the launch has made
+            return Outcome("stopped", 0, _unseen(job), "storage")
         os.environ.update(thread_environment(setting.threads))
         _limit_gpu_memory(setting.gpu)
         module, _, name = setting.target.rpartition(".")
         run_trial = getattr(importlib.import_module(module), name)
-        with _place(setting, job) as place, forwarding(setting.server, place.folder):
+        with node.at_work(), _place(setting, job) as place, forwarding(setting.server, place.folder):
             while not place.stopped():
                 outcome = run_trial(
                     job.spec,
@@ -198,6 +202,13 @@ def call(setting: Setting, job: Job) -> Outcome:
         with contextlib.suppress(OSError, UserError):
             fail(setting, job.key, Path(job.folder), message, traceback.format_exc())
         return Outcome("failed", 0, message, "bug")
+
+
+def _unseen(job: Job) -> str:
+    return (
+        f"the store of {job.folder} is not there on {socket.gethostname()}: on a cluster, store= is a folder that "
+        "every node sees under the same path, or a URL as in s3://bucket/pift"
+    )
 
 
 def fail(setting: Setting, key: str, folder: Path, message: str, text: str = "") -> None:
@@ -223,12 +234,12 @@ class _Place:
 def _place(setting: Setting, job: Job) -> Iterator[_Place]:
     """The job's folder; for a store at a URL a folder of this machine, and a thread that looks for the stop file."""
     if setting.url is None:
-        yield _Place(TrialFolder(Path(job.folder)), setting.stop.exists)
+        yield _Place(TrialFolder(Path(job.folder)), lambda: setting.stop.exists() or node.leaving())
         return
     with at_work(setting.url, job.key) as attempts:
         remote, name = attempts.remote, f"launches/{setting.stop.name}"
         with Watch(lambda: remote.read(name) is not None) as watch:
-            stopped = lambda: watch.yes or setting.stop.exists()  # noqa: E731
+            stopped = lambda: watch.yes or setting.stop.exists() or node.leaving()  # noqa: E731
             yield _Place(TrialFolder(attempts.folder), stopped, {"attempts": attempts})
 
 

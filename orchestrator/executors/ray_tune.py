@@ -1,4 +1,4 @@
-"""Runs trials with Ray Tune, on this machine or on a cluster. The only file that imports ray.
+"""Runs trials with Ray Tune, on this machine or on a cluster. The only file beside ray_jobs.py that imports ray.
 
 Every launch is a fresh Tune run over the keys of the jobs; what was done before is the store's business, so
 Tuner.restore is never used. A trial reports once, at its end: its journal and heartbeat are what the monitor reads.
@@ -27,7 +27,17 @@ from typing import Any
 
 from orchestrator import ledger
 from orchestrator.errors import UserError
-from orchestrator.executors import ExecutorLost, Job, OnOutcome, Outcome, Setting, call, fail, thread_environment
+from orchestrator.executors import (
+    ExecutorLost,
+    Job,
+    OnOutcome,
+    Outcome,
+    Setting,
+    call,
+    fail,
+    node,
+    thread_environment,
+)
 from workers.afar import work_folder
 from workers.store import TrialFolder, sound_record
 
@@ -308,7 +318,11 @@ def train(config: dict[str, Any], *, table: Mapping[str, Any], setting: Mapping[
     """What a Ray worker does: run the trial named by `config["key"]` and report how it ended, once."""
     key = config["key"]
     job = Job(key, dict(table[key]["spec"]), Path(table[key]["folder"]))
-    outcome = call(Setting(**{**setting, "stop": Path(setting["stop"])}), job)
+    made = Setting(**{**setting, "stop": Path(setting["stop"])})
+    outcome = call(made, job)
+    if outcome.state == "stopped" and node.leaving() and not made.stop.exists():
+        node.wait_for_the_end()
+        outcome = call(made, job)
     if outcome.kind == "device":  # this process's GPU context is broken for good; Tune starts another one
         os._exit(1)
     folder = job.folder if setting["url"] is None else work_folder(setting["url"], key)

@@ -4,6 +4,7 @@
     open_view(config, store, plan)     what a launch drives: runs, statuses, pictures, files, and the points of the
                                        journals where MLflow is a database
     server_of(config)                  where the trials send their points themselves (forwarder.py)
+    link(store, sweep, place, base)    where a sweep's charts are, for a browser
     repair.rebuild(store, uri)         the whole view, from the store
 
 Only this package imports mlflow, and only when a launch needs it.
@@ -20,8 +21,10 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
-from orchestrator.tracking import entry
+from orchestrator.schedule import device
+from orchestrator.tracking import entry, saved_views
 from orchestrator.tracking.database import check_file, default_uri, file_of
+from workers.store import sound_record
 
 EXPERIMENT = "pift"
 SERVERS = ("http", "https")
@@ -41,7 +44,7 @@ class View(Protocol):
 
     def close(self, states: Mapping[str, str], *, interrupted: bool = False) -> None: ...
 
-    def log_report(self, folder: Any) -> None: ...
+    def log_report(self, report: Any) -> None: ...
 
 
 class NoView:
@@ -56,7 +59,7 @@ class NoView:
     def close(self, states: Mapping[str, str], *, interrupted: bool = False) -> None:
         return None
 
-    def log_report(self, folder: Any) -> None:
+    def log_report(self, report: Any) -> None:
         return None
 
 
@@ -71,6 +74,13 @@ def settings(config: Mapping[str, Any]) -> tuple[str | None, str] | None:
     values = dict(tracking) if isinstance(tracking, Mapping) else {}
     uri = values.get("uri")
     return (None if uri is None else str(uri)), str(values.get("experiment") or EXPERIMENT)
+
+
+def page_of(config: Mapping[str, Any]) -> str | None:
+    """The server's address in a browser, where `tracking.page` says that it is not tracking.uri."""
+    tracking = config.get("tracking")
+    page = tracking.get("page") if isinstance(tracking, Mapping) else None
+    return None if page is None else str(page)
 
 
 def server_of(config: Mapping[str, Any]) -> str | None:
@@ -128,11 +138,26 @@ def check(config: Mapping[str, Any], store: Store) -> None:
     if found is None:
         return
     check_uri(uri := found[0])
+    if (page := page_of(config)) is not None and not (is_server(page) and _web_address(page)):
+        raise UserError(f"tracking.page={page!r} is no web address; write for example tracking.page=http://127.0.0.1:5000")
     path = file_of(uri or default_uri(store))
     if uri is not None and path is None:
         _check_answers(uri, config["tracking"].get("required"), store)
-    elif path is not None and (uri is not None or path.exists()):  # the one in the store is made when it is needed
+        return
+    if uri is None:
+        check_name(store)
+    if path is not None and (uri is not None or path.exists()):  # the one in the store is made when it is needed
         check_file(uri or default_uri(store), path, FIX)
+
+
+def check_name(store: Store) -> None:
+    """Raises UserError for a store that MLflow could not find its database in: of `?` and `%` in an address SQLAlchemy
+    makes something else, and the file would lie elsewhere."""
+    if marks := sorted({"?", "%"} & set(str(store.root))):
+        raise UserError(
+            f"store={store.root} has {' and '.join(marks)} in its name, where no address leads to MLflow's database; "
+            "name another folder, as in store=results, or do without MLflow: tracking=none"
+        )
 
 
 def _check_answers(uri: str, required: bool | None, store: Store) -> None:
@@ -169,7 +194,28 @@ def open_view(config: Mapping[str, Any], store: Store, plan: Mapping[str, Any]) 
     from orchestrator.tracking.client import patience
     from orchestrator.tracking.mlflow_view import MlflowView
 
-    view = MlflowView(found[0], store, plan, experiment=found[1])
+    uri, experiment = found
+    view = MlflowView(uri, store, plan, experiment=experiment, page=page_of(config), device=device(config))
     with contextlib.suppress(Exception), patience(seconds=5):
         view.open(OPEN_SECONDS)
     return view
+
+
+# ---- for a browser
+
+
+def servers(store: Store, sweep: str) -> list[str]:
+    """The servers that have a sweep's run, as mlflow.json names them."""
+    return [place for place, found in sound_record(store.sweep(sweep).mlflow).items()
+            if is_server(place) and found.get("run_id")]  # fmt: skip
+
+
+def link(store: Store, sweep: str | None, place: str, base: str | None = None, page: str = "charts") -> str:
+    """The address of a sweep's charts or table in the MLflow that mlflow.json calls `place`; of its first page where
+    the sweep has no run there. `base`: where a browser finds that MLflow, by default the page that the launch was told
+    of, else the place itself."""
+    found = {} if sweep is None else entry.read(store.sweep(sweep).mlflow, place)
+    address = (base or found.get("page") or place).rstrip("/") + "/"
+    if sweep is None or "experiment_id" not in found:
+        return address
+    return address + saved_views.link(str(found["experiment_id"]), saved_views.view_id(store.id, sweep), page)

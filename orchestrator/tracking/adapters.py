@@ -195,8 +195,8 @@ def _link(client: MlflowClient, run_id: str, model_id: str, folder: TrialFolder)
         step, time = int(measured[-1]["step"]), milliseconds(measured[-1])
         shown = {name: value for name, value in measured[-1]["metrics"].items() if name.count("/") == 1}
         metrics = [
-            Metric(clean_name(name), float(value), time, step, model_id=model_id, run_id=run_id)
-            for name, value in shown.items()
+            Metric(clean_name(name), float(shown[name]), time, step, model_id=model_id, run_id=run_id)
+            for name in sorted(shown, key=lambda name: not name.startswith("eval/"))  # as its page lists them
         ]
     client.log_batch(run_id, metrics=metrics)
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])

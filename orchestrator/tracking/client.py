@@ -30,6 +30,8 @@ for _logger in ("mlflow", "alembic", "sqlalchemy.engine"):
 
 BATCH_METRICS, BATCH_PARAMS = 1000, 100  # MLflow's limits per call
 PARAM_VALUE, TAG_VALUE, NAME = 6000, 8000, 250  # ... and per value and name, in characters
+EXPERIMENT_TAG_VALUE = (20_000, 5000)  # ... of an experiment: since 3.6 or so, and before
+DESCRIPTION = 5000  # ... of a registered model and its versions, where the registry is PostgreSQL or MySQL
 PROBE_SECONDS = 12.0
 RECYCLE_SECONDS = 1
 """A connection to a database in a file that is older is opened anew, by its name."""

@@ -7,8 +7,9 @@ what a trained adapter becomes: adapters.py.
 
 A run that somebody deleted, or whose database is gone, is made anew from the journal. A run whose mlflow.json is
 damaged or lost is found by its tags. MLflow gives a run one parent: a trial that two sweeps share has the sweep that
-first opened it as its parent and carries the tag `sweep.<name>` = "cell" of every sweep it belongs to; each parent's
-description links its cells, as many as fit.
+first opened it as its parent and carries the tag `sweep.<name>` = "cell" of every sweep it belongs to. What the pages
+open on (saved_views.py) and the notes on them (notes.py) are written when a sweep's runs are open, the verdict when its
+report is there.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ import getpass
 import json
 import tempfile
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 
-from orchestrator import ledger, tracking
+from orchestrator import ledger, schedule, tracking
 from orchestrator.ledger import FINAL, Store, Tail, mlflow_file
 from orchestrator.provenance import provenance
-from orchestrator.tracking import adapters, entry
+from orchestrator.tracking import adapters, entry, notes, pictures, saved_views
 from orchestrator.tracking.client import (
     BATCH_PARAMS,
+    EXPERIMENT_TAG_VALUE,
     NAME,
     TAG_VALUE,
     TrackerError,
@@ -49,10 +50,13 @@ from orchestrator.tracking.client import (
     usable,
 )
 from orchestrator.tracking.database import default_uri, file_of, lock_of
-from orchestrator.tracking.points import milliseconds, send_points
+from orchestrator.tracking.points import send_points
 from workers.lease import process
-from workers.recorder import METRICS
+from workers.recorder import read_journal
 from workers.store import TrialFolder, sound_picture, sound_record
+
+if TYPE_CHECKING:
+    from orchestrator.compare import Report, frame
 
 STATUS = {"done": "FINISHED", "failed": "FAILED", "diverged": "FAILED"}
 PASS_SECONDS = 5.0
@@ -60,6 +64,11 @@ PASS_SECONDS = 5.0
 LOCK_SECONDS = 5.0
 TURN_SECONDS, GAP_SECONDS = 2.0, 0.15
 """Long work under the lock is done in turns, with gaps in which another launch gets it."""
+MOST_TIMED = 2_000
+"""In a store of more trials the note of a sweep says no hours: all their DONE.json would have to be read."""
+
+
+NOTE, KIND = "mlflow.note.content", "mlflow.experimentKind"
 
 
 class Busy(TrackerError):
@@ -77,11 +86,15 @@ class MlflowView:
         plan: Mapping[str, Any],
         *,
         experiment: str = tracking.EXPERIMENT,
+        page: str | None = None,
+        device: str = "cpu",
         launching: bool = True,
         verify: bool = False,
     ) -> None:
-        """`launching`: trials that are not done are about to run. `verify`: ask MLflow for every run that the store
+        """`page`: the server's address in a browser, where that is another. `device`: what the trials run on.
+        `launching`: trials that are not done are about to run. `verify`: ask MLflow for every run that the store
         remembers, instead of only where the sweep's own is gone."""
+        self.page, self.device = page, device
         self.store, self.plan, self.experiment, self.launching = store, plan, experiment, launching
         self.uri, self.place = uri or default_uri(store), tracking.place_of(uri)
         self.sweep = store.sweep(plan["sweep"])
@@ -146,12 +159,18 @@ class MlflowView:
             with self._writing():
                 self._close_parent(states, interrupted, others)
 
-    def log_report(self, folder: Path) -> None:
-        """Attach the comparison to the sweep's run."""
-        self.open(0.0)
+    def log_report(self, report: Report) -> None:
+        """Attach the comparison to the sweep's run, and say in the notes what it found."""
+        self.log_verdict(report.found)
         assert self.client is not None
         with plainly(), self._writing():
-            self.client.log_artifacts(self.parent, str(folder), "report")
+            self.client.log_artifacts(self.parent, str(report.html.parent), "report")
+
+    def log_verdict(self, found: frame.Sweep) -> None:
+        """Say in the notes of the sweep and of the experiment how the sweep stands by its journals."""
+        self.open()
+        with plainly(), self._writing():
+            self._describe(lambda room: self._sweep.verdict(found, room))
 
     # ---- one writer
 
@@ -210,9 +229,9 @@ class MlflowView:
         else:
             location = None if file_of(self.uri) is None else (self.store.root / "mlartifacts").as_uri()
             experiment = str(client.create_experiment(self.experiment, artifact_location=location))
-        if found is None or found.tags.get("mlflow.note.content") != metric_note():
-            client.set_experiment_tag(experiment, "mlflow.note.content", metric_note())
-            client.set_experiment_tag(experiment, "mlflow.experimentKind", "custom_model_development")
+        self._experiment_tags = dict(found.tags) if found is not None else {}
+        if self._experiment_tags.get(KIND) is None:  # else the page asks what it is, and opens on chat traces
+            client.set_experiment_tag(experiment, KIND, "custom_model_development")
         return experiment
 
     def _open_parent(self, client: MlflowClient) -> str:
@@ -231,7 +250,8 @@ class MlflowView:
             run_id = run.info.run_id
             axes = {f"axis.{name}": ", ".join(map(str, values)) for name, values in self.plan["axes"].items()}
             client.log_batch(run_id, params=params_of(axes))
-        entry.update(path, self.place, experiment_id=self.experiment_id, run_id=run_id, opening=self._opening)
+        facts = {"experiment_id": self.experiment_id, "run_id": run_id, "opening": self._opening, "page": self.page}
+        entry.update(path, self.place, **facts)
         client.update_run(run_id, status="RUNNING")
         return str(run_id)
 
@@ -264,7 +284,8 @@ class MlflowView:
         if not self._unopened:
             entry.update(self.sweep.mlflow, self.place, opening=None)
             with self._writing():
-                self.client.set_tag(self.parent, "mlflow.note.content", self._note())
+                self._offer_views()
+                self._describe(lambda room: self._sweep.plan(self._states, self._seconds, room))
 
     def _open_trial(self, key: str) -> None:
         """Find or create the run of a trial; no call at all where MLflow has the whole of it."""
@@ -284,11 +305,11 @@ class MlflowView:
 
     def _create(self, run: TrialRun) -> str:
         assert self.client is not None
-        spec, sweep = self.plan["specs"][run.key], self.plan["sweep"]
-        note = f"Prompt: {spec.get('prompt', '')}\n\n`pift sample {run.key}` draws from this adapter."
-        tags = self._tags | {"trial.key": run.key, "mlflow.parentRunId": self.parent, "mlflow.note.content": note}
-        tags[f"sweep.{sweep}"] = "cell"
-        created = self.client.create_run(self.experiment_id, run_name=self._cells[run.key], tags=cut_values(tags))
+        note, sweep = notes.of_trial(self.plan["specs"][run.key], run.key), self.plan["sweep"]
+        tags = self._tags | {"trial.key": run.key, "mlflow.parentRunId": self.parent, NOTE: note}
+        tags |= {f"sweep.{sweep}": "cell", "mlflow.runColor": self._colours[run.key]}
+        name = cut(self._cells[run.key], NAME)
+        created = self.client.create_run(self.experiment_id, run_name=name, tags=cut_values(tags))
         return str(created.info.run_id)
 
     def _search_trial(self, run: TrialRun) -> str | None:
@@ -308,19 +329,57 @@ class MlflowView:
                 return str(found.info.run_id)
         return None
 
-    def _note(self) -> str:
-        """The sweep's description: its cells with links, as many as fit, then what each metric means."""
-        name = self.plan["sweep"]
-        head = f"Sweep `{name}`: {len(self.keys)} trials. Filter: ``tags.`sweep.{name}` = 'cell'``\n\n"
-        room = TAG_VALUE - len(head) - len(metric_note()) - len("- ... and 1000000 more\n\n")
-        lines: list[str] = []
-        for key, label in self._cells.items():
-            line = f"- [{label}](#/experiments/{self.experiment_id}/runs/{self.trials[key].run_id})\n"
-            if (room := room - len(line)) < 0:
-                lines.append(f"- ... and {len(self.keys) - len(lines)} more\n")
-                break
-            lines.append(line)
-        return cut(f"{head}{''.join(lines)}\n{metric_note()}", TAG_VALUE)
+    # ---- what the pages show
+
+    @functools.cached_property
+    def _colours(self) -> dict[str, str]:
+        return saved_views.colours(self.plan["cells"])
+
+    @functools.cached_property
+    def _seconds(self) -> dict[str, float | None]:
+        """What the trials that are not over still take, by what others of this store took."""
+        left = [key for key in self.keys if self._states[key] not in FINAL]
+        if not left or len(self.store.trial_keys()) > MOST_TIMED:
+            return {}
+        speeds, found = schedule.Speeds.measured(self.store, self.plan["specs"]), {}
+        for key in left:
+            spec = self.plan["specs"][key]
+            steps = spec["train"]["gradient_steps"] - max(ledger.last_step(self.store.trial(key).journal) or 0, 0)
+            speed = speeds.of(spec, self.device)
+            found[key] = None if speed is None else speed.seconds * steps
+        return found
+
+    @property
+    def _sweep(self) -> notes.Sweep:
+        runs = {key: run.run_id for key, run in self.trials.items() if run.entry.get("run_id")}
+        return notes.Sweep(self.plan, self.experiment_id, self.store.id, self.parent, runs)
+
+    def _offer_views(self) -> None:
+        """The sweep's entries in the menu "Views"; those of prompts that it has no more go."""
+        assert self.client is not None
+        known, ours = self._experiment_tags, saved_views.tags(self.plan, self.store.id)
+        for name, value in ours.items():
+            if not saved_views.same(known.get(name), value):
+                self.client.set_experiment_tag(self.experiment_id, name, value)
+        for name in known:
+            if name not in ours and saved_views.is_ours(name, self.store.id, self.plan["sweep"]):
+                self.client.delete_experiment_tag(self.experiment_id, name)
+        self._experiment_tags |= ours
+
+    def _describe(self, note: Callable[[int], str]) -> None:
+        """Write the notes of the sweep's run and of the experiment; `note` makes the former for a number of
+        characters."""
+        assert self.client is not None
+        self.client.set_tag(self.parent, NOTE, note(TAG_VALUE))
+        others = saved_views.others(self._experiment_tags, self.experiment_id, self.store.id, self.plan["sweep"])
+        for room in EXPERIMENT_TAG_VALUE:
+            text = notes.of_experiment(note(room // 2), others, room)
+            try:
+                self.client.set_experiment_tag(self.experiment_id, NOTE, text)
+                return
+            except MlflowException as error:  # an older server has less room
+                if error.error_code != "INVALID_PARAMETER_VALUE" or room == EXPERIMENT_TAG_VALUE[-1]:
+                    raise
 
     # ---- at work
 
@@ -489,27 +548,31 @@ class TrialRun:
                     self._send_picture(record)
                     self._note(pictures=int(record["step"]))
 
-    def _send_picture(self, record: Mapping[str, Any]) -> None:
-        """One strip, under the name that the UI's image grid looks for (see MlflowClient.log_image).
-
-        That call names each file at random and may be asynchronous; here the name follows from trial and step,
-        so that sending again replaces the file.
-        """
-        from PIL import Image
-
-        name = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.key}/{record['step']}")
-        stem = f"samples+step+{record['step']}+timestamp+{milliseconds(record)}+{name}"
-        with (
-            tempfile.TemporaryDirectory() as temporary,
-            Image.open(self.folder.root / record["pictures"]) as picture,
-        ):
-            picture.save(Path(temporary) / f"{stem}.png")
-            small = picture.copy()
-            small.thumbnail((1024, 1024))
-            small.save(Path(temporary) / f"{stem}+compressed.webp", quality=90)
-            self.client.log_artifacts(self.run_id, temporary, "images")
+    def _send_picture(self, record: Mapping[str, Any], name: str = saved_views.SAMPLES) -> None:
+        """One strip, under the name that the UI's image grid looks for; sending again replaces the file."""
+        with tempfile.TemporaryDirectory() as temporary:
+            pictures.write(self.folder.root / record["pictures"], record, Path(temporary), self.key, name)
+            self.client.log_artifacts(self.run_id, temporary, pictures.FOLDER)
         if "pictures" not in self.entry:
             self.client.set_tag(self.run_id, "mlflow.loggedImages", "True")
+
+    def _send_end(self) -> None:
+        """The last strip once more, under a name and step that all trials share: the page compares pictures of one
+        step, and methods end at different ones."""
+        drawn = self._drawn()
+        if drawn:
+            self._send_picture(drawn[-1], saved_views.END)
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        """The journal's records with a sound picture."""
+        drawn = [record for record in read_journal(self.folder.journal) if record.get("pictures")]
+        return [record for record in drawn if sound_picture(self.folder.root / record["pictures"])]
+
+    def pictures(self) -> dict[str, str]:
+        """{"before": address, "after": address} of the first and last evaluations, for a note on MLflow's pages."""
+        drawn = self._drawn()
+        ends = {"before": drawn[0], "after": drawn[-1]} if len(drawn) > 1 else {}
+        return {title: pictures.address(self.run_id, record, self.key) for title, record in ends.items()}
 
     def finish(self, state: str, spec: Mapping[str, Any]) -> None:
         """The files of a finished trial, the reason of a failed one, how it went, and the last status."""
@@ -530,7 +593,7 @@ class TrialRun:
         attempt = ledger.last_attempt(self.folder)
         content = {} if attempt is None else attempt.content
         done = sound_record(self.folder.done) if state == "done" else content
-        tags = {}
+        tags = {NOTE: notes.of_trial(spec, self.key, self.pictures() if state == "done" else None)}
         if number := content.get("attempt"):
             tags["trial.attempt"] = str(number)
         if size := done.get("micro_batch"):
@@ -550,6 +613,7 @@ class TrialRun:
         for path in (self.folder.spec, self.folder.done):
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
+        self._send_end()
         self._note(artifacts=True)
 
     def send_model(self, spec: Mapping[str, Any]) -> str | None:
@@ -582,13 +646,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = value if isinstance(value, str) and value else json.dumps(value)
     return flat
-
-
-@functools.cache
-def metric_note() -> str:
-    """What each metric means, as the description of the experiment."""
-    lines = [f"- `{name}`: {meaning}" for name, meaning in METRICS.items()]
-    return "\n".join(["**Metrics** (step = completed gradient steps)", "", *lines])
 
 
 def _others(store: Store) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,17 @@ from orchestrator import tracking
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store, mlflow_file
 from orchestrator.tracking import adapters, entry
-from orchestrator.tracking.client import GONE, TrackerError, connect, cut_values, plainly, reach, usable
+from orchestrator.tracking.client import (
+    DESCRIPTION,
+    GONE,
+    TrackerError,
+    connect,
+    cut,
+    cut_values,
+    plainly,
+    reach,
+    usable,
+)
 from orchestrator.tracking.database import check_file, default_uri, file_of, lock_of
 from orchestrator.tracking.mlflow_view import TrialRun
 from orchestrator.tracking.repair import rebuild_sweep
@@ -44,8 +54,8 @@ class Offer:
     alias: str | None
     purpose: str
     """The registered model's description."""
-    description: str
-    """The version's description."""
+    describe: Callable[[Mapping[str, str], str], str]
+    """The version's description; it is given addresses of pictures by their titles, and that of the trial's run."""
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -193,9 +203,11 @@ def _version(client: MlflowClient, run: TrialRun, model: str | None, offer: Offe
         _check_model(client, offer.name)
     source = f"models:/{model}" if model else f"{client.get_run(run.run_id).info.artifact_uri}/{adapters.NAME}"
     tags = cut_values({"trial.key": run.key, "adapter.sha256": sha256, **offer.tags})
+    place = f"#/experiments/{run.entry['experiment_id']}/runs/{run.run_id}"
+    description = cut(offer.describe(run.pictures(), place), DESCRIPTION)
     with _as_default(client.tracking_uri):
         made = client.create_model_version(
-            offer.name, source, run.run_id, tags=tags, description=offer.description, model_id=model
+            offer.name, source, run.run_id, tags=tags, description=description, model_id=model
         )
     if model:
         adapters.set_versions(client, model, offer.name, made.version)

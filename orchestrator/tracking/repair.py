@@ -22,6 +22,7 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from orchestrator import ledger, tracking
+from orchestrator.compare import frame
 from orchestrator.errors import UserError
 from orchestrator.ledger import Store
 from orchestrator.tracking.client import RECYCLE_SECONDS, connect, experiments, explain, search
@@ -68,6 +69,8 @@ def rebuild(
 ) -> Rebuilt:
     """Bring MLflow to what the store says, sweep by sweep; a damaged database in a file is kept beside a new one.
     Raises TrackerError where MLflow does not answer."""
+    if uri is None:
+        tracking.check_name(store)
     done = Rebuilt(moved=_move_damaged(store, uri or default_uri(store), say))
     for name in store.sweeps():
         try:
@@ -89,6 +92,7 @@ def rebuild_sweep(
     view = MlflowView(uri, store, plan, experiment=experiment, launching=False, verify=True)
     view.open()
     view.close(ledger.survey(store, view.keys))
+    view.log_verdict(frame.load(store, plan["sweep"]))
     return view
 
 
