@@ -141,7 +141,7 @@ def plan(options: argparse.Namespace) -> int:
         print(visible(found.text()))
     else:
         print(*map(visible, found.lines(everything=options.all)), sep="\n")
-        print(f"store {store}; executor {grid.config['executor']['name']}")
+        print(f"store {visible(str(store))}; executor {grid.config['executor']['name']}")
         print(f"run them: pift launch {_shell(grid.overrides, options)}".rstrip())
     return 0
 
@@ -190,7 +190,7 @@ def status(options: argparse.Namespace) -> int:
         return 0
     axes = sorted(stored["axes"], key=lambda name: AXES.index(name) if name in AXES else len(AXES))
     _show(_table(f"sweep {sweep}", axes, rows))
-    print(f"{_counts_text(rows)}; store {store}")
+    print(f"{_counts_text(rows)}; store {visible(str(store))}")
     for name, record in control.at_work(store, sweep).items():
         print(f"  at work: launch {name} ({control.where(record)})")
     for row in rows:
@@ -281,8 +281,8 @@ def compare(options: argparse.Namespace) -> int:
     with _stdout_kept():
         report = make(store, sweep, options.out)
     _show(report.table)
-    print(f"report {report.html}")
-    print(f"numbers {report.csv}")
+    print(f"report {visible(str(report.html))}")
+    print(f"numbers {visible(str(report.csv))}")
     return 0
 
 
@@ -365,7 +365,7 @@ def _store(options: argparse.Namespace) -> Store:
     from orchestrator.ledger import Store
 
     place = _default_store() if options.store is None else options.store
-    if isinstance(place, Path) and not place.is_dir():
+    if isinstance(place, Path) and not os.path.isdir(place):
         raise UserError(f"--store {place} is not a folder; name the one that a launch wrote to (its store=...)")
     store = Store(place)
     store.refresh()

@@ -23,6 +23,7 @@ Two cells that come out as the same trial are an error that names the axis that 
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ from orchestrator.overrides import Override, canonical, close, parse
 from orchestrator.schedule import Budget
 from workers.remote import Remote, RemoteError, is_url
 from workers.spec import COMPONENTS, SpecError, TrialSpec, integer, locate, number, printable, settings
+from workers.text import one_line
 
 GROUP_AXES = ("model", "reward", "method")
 """The groups that may be axes; the others say how a sweep runs, not what a cell is."""
@@ -659,12 +661,20 @@ def _run_problems(key: str, current: Any, value: Any) -> list[str]:
         return [f"{key}={_text([value])} is not a number of at least 0; write for example {key}={current}"]
     if key == "store" and (not isinstance(value, str) or not value.strip()):
         return [f"store={_text([value])} is not a folder; write for example store=store"]
-    if key == "store" and (problems := printable("store", value)):
-        return problems
-    if key == "store" and is_url(value):
-        return _url_problems(value)
+    if key == "store":
+        return printable("store", value) or (_url_problems(value) if is_url(value) else _path_problems(value))
     if key == "tracking.required" and not (value is None or isinstance(value, bool)):
         return [f"{key}={_text([value])} is neither true, false nor null; write for example {key}=false"]
+    return []
+
+
+def _path_problems(path: str) -> list[str]:
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            shown = f"{one_line(path, 80)} ({len(path)} letters)"
+            return [f"store={shown} is longer than a path may be; write for example store=store"]
     return []
 
 

@@ -33,7 +33,7 @@ from orchestrator.ledger import Store
 from orchestrator.monitor import Monitor
 from orchestrator.provenance import provenance
 from workers.store import Damaged
-from workers.text import typed
+from workers.text import typed, visible
 
 if TYPE_CHECKING:
     from orchestrator.grid import Plan
@@ -439,7 +439,7 @@ def _print_result(
         return
     if report is not None:
         print(report.table)
-        print(f"report:  {html}")
+        print(f"report:  {visible(str(html))}")
     if (server := tracking.server_of(config)) is not None:
         print(f"MLflow:  {tracking.link(store, content['sweep'], tracking.place_of(server))}")
     elif tracking.settings(config) is not None:

@@ -299,7 +299,7 @@ def test_bad_places_are_refused_before_anything_is_written(tmp_path: Path, chang
         grid.config.update(changes)
         launch(grid, target=fake.TARGET)
     assert list(tmp_path.iterdir()) == []
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ import io
 import math
 import re
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -762,4 +763,6 @@ def sheet(found: Sequence[Panel], path: Path, sweep: Sweep, cells: Sequence[Cell
             borderaxespad=0.6,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # an emoji of a prompt: a box stands for it
+            figure.savefig(path, dpi=160)
