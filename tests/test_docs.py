@@ -23,6 +23,7 @@ from workers.recorder import METRICS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NEEDS = {"docker", "cluster", "gpu", "checkout", "browser", "key", "weights", "network", "server"}
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", flags=re.S | re.M)
 SECONDS = 180
@@ -116,7 +117,7 @@ def calls(line: str) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
 def test_a_shell_reads_every_command(page: Path) -> None:
     """Kills: seed=range(0,3) without quotes."""
     script = "\n".join(block.text for block in blocks(page.read_text(encoding="utf-8")) if block.language == "sh")
@@ -124,7 +125,7 @@ def test_a_shell_reads_every_command(page: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.stem)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]

@@ -215,13 +215,6 @@ def test_a_tree_is_read_by_its_indents() -> None:
     assert tree_paths("a/   x\n  b/  y\n    c.py  z\n  d.py\ne/\n") == ["a/", "a/b/", "a/b/c.py", "a/d.py", "e/"]
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_somewhere(name: str) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document(name))
-    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-    assert not missing, f"{name} links to what is not there: {missing}"
-
-
 def commands(name: str, program: str) -> list[str]:
     """The lines of a document's code blocks that call `program`, comments cut off."""
     lines = [line.strip() for block in fenced(document(name)) for line in block.splitlines()]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from workers.text import visible
+from workers.text import one_line, visible
 
 LONGEST = 300
 """Characters of a text that a note shows."""
@@ -21,9 +21,7 @@ _MARKUP = re.compile(r"[\\`*_{}\[\]()<>#+|~&\"'!:/@=$^]|(?<=\w)\.(?=\w)|^\s*[-.\
 
 def safe(text: object, limit: int = LONGEST) -> str:
     """The text on one line, every character that could mean something to markdown as a character reference."""
-    words = " ".join(visible(str(text)).split())
-    if len(words) > limit:
-        words = words[: limit - 1] + "…"
+    words = one_line(visible(str(text)), limit)
     return _MARKUP.sub(lambda found: "".join(f"&#{ord(character)};" for character in found[0]), words)
 
 
