@@ -197,9 +197,7 @@ def _read(path: str, files: Mapping[str, Path]) -> dict[str, Any]:
 
 def controlled_steps(scheduler: Mapping[str, Any], steps: int) -> int:
     """How many transitions have noise: all but a last one that ends in a picture without any."""
-    from diffusers import DDIMScheduler
-
-    ddim: Any = DDIMScheduler.from_config({"clip_sample": False, **scheduler})
+    ddim = pipeline_files.ddim(scheduler)
     ddim.set_timesteps(steps)
     end = int(ddim.timesteps[-1]) - ddim.config.num_train_timesteps // steps
     return steps - int(end < 0 and float(ddim.final_alpha_cumprod) == 1.0)

@@ -357,9 +357,7 @@ def _chain(folder: Path, sampler: Sampler) -> Chain:
     """The chain of the checkpoint's own noise schedule, walked in `sampler.steps` DDIM steps."""
     from diffusers import DDIMScheduler
 
-    config = DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True)
-    unsaid = {"clip_sample": False}  # DDIM's default is for pixels; most schedulers' files do not name it
-    scheduler = DDIMScheduler.from_config(unsaid | config)
+    scheduler = pipeline_files.ddim(DDIMScheduler.load_config(folder, subfolder="scheduler", local_files_only=True))
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(
             f"prediction_type={scheduler.config.prediction_type!r} is not supported; the chain needs epsilon"

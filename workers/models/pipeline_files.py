@@ -131,3 +131,11 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     return weights.path_problems("model.path", settings.get("path"), ["model_index.json"], "toyland") + (
         weights.pin_problems("model", settings)
     )
+
+
+def ddim(config: Mapping[str, Any]) -> Any:
+    """The DDIM scheduler of a checkpoint's scheduler_config.json. What the file does not say is DDIM's default, but for
+    clip_sample: that default is for pixels, and most schedulers' files do not name it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config({"clip_sample": False, **config})
